@@ -1,0 +1,213 @@
+"""``generate_content``: a model call as a step of its own. Its request is what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, TypeVar, overload
+
+import orjson
+
+from agentflow import generate, prompts
+from agentflow.calls import PLAIN, Call, Current, Options, here
+from agentflow.capture import data_digest, data_text
+from agentflow.durations import Duration
+from agentflow.journal import Add
+from agentflow.records import Retry, retry_of
+from agentflow.scratch import scratch
+
+T = TypeVar("T")
+
+
+class _Recorder:
+    """Keeps each reply the moment it arrives, and finds what an earlier attempt had paid for."""
+
+    def __init__(self, call: Call, current: Current) -> None:
+        self._call = call
+        self._current = current
+        ex = call.ex
+        self._epoch = f"{call.here.epoch}.{current.sample}"
+        self._prefix = f"m/{ex.key}/{call.occ}/{self._epoch}/"
+        self._count = 0
+
+    def replies(self) -> list[dict[str, Any]]:
+        ex = self._call.ex
+        if ex.prior is None and not ex.scratch and self._call.slot is not None and self._call.slot.n < 0:
+            return []
+        found = [orjson.loads(text) for _, text in ex.journal.scan(self._prefix)]
+        self._count = len(found)
+        step: Current | None = self._current if found else None
+        while step is not None:
+            step.lent += len(found)
+            step.used_model = True
+            step = step.parent
+        for raw in found:
+            if raw["cost"] is not None:
+                ex.totals.saved += Decimal(raw["cost"])
+                self._current.cost = (self._current.cost or 0) + Decimal(raw["cost"])
+        return found
+
+    async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
+        ex = self._call.ex
+        cost = None if raw["cost"] is None else Decimal(raw["cost"])
+        record = orjson.dumps({**raw, "request": body, "step": self._call.name}).decode()
+        await ex.journal.acommit([Add(f"{self._prefix}{self._count:04d}", record)], fence=ex.fence, paid=True)
+        self._count += 1
+        ex.paid(self._current, cost)
+
+
+def _transient(exc: BaseException) -> bool:
+    return generate.is_transient(exc)
+
+
+_RETRY = Retry(max_attempts=generate.RETRY_ATTEMPTS, initial_delay=0.5, max_delay=30, retry_if=_transient)
+
+
+@overload
+def generate_content(
+    prompt: str | prompts.Prompt | Sequence[Mapping[str, Any]],
+    *,
+    output_type: type[T],
+    data: Any = ...,
+    model: str | None = ...,
+    system: str | None = ...,
+    tools: Sequence[Any] = ...,
+    files: Sequence[Any] = ...,
+    name: str | None = ...,
+    max_tokens: int | None = ...,
+    temperature: float | None = ...,
+    reasoning: str | dict[str, Any] | None = ...,
+    timeout: Duration | None = ...,
+    retry: Retry | Mapping[str, Any] | None = ...,
+    max_turns: int = ...,
+    reask: int = ...,
+    sample: int = ...,
+    background: bool = ...,
+    batch: bool = ...,
+    on_text: Callable[[str], Any] | None = ...,
+    extra: Mapping[str, Any] | None = ...,
+) -> Coroutine[Any, Any, T]: ...
+@overload
+def generate_content(
+    prompt: str | prompts.Prompt | Sequence[Mapping[str, Any]],
+    *,
+    data: Any = ...,
+    model: str | None = ...,
+    system: str | None = ...,
+    tools: Sequence[Any] = ...,
+    files: Sequence[Any] = ...,
+    name: str | None = ...,
+    max_tokens: int | None = ...,
+    temperature: float | None = ...,
+    reasoning: str | dict[str, Any] | None = ...,
+    timeout: Duration | None = ...,
+    retry: Retry | Mapping[str, Any] | None = ...,
+    max_turns: int = ...,
+    reask: int = ...,
+    sample: int = ...,
+    background: bool = ...,
+    batch: bool = ...,
+    on_text: Callable[[str], Any] | None = ...,
+    extra: Mapping[str, Any] | None = ...,
+) -> Coroutine[Any, Any, str]: ...
+@overload
+def generate_content(
+    prompt: str | prompts.Prompt | Sequence[Mapping[str, Any]],
+    *,
+    output_type: Any,
+    data: Any = ...,
+    model: str | None = ...,
+    system: str | None = ...,
+    tools: Sequence[Any] = ...,
+    files: Sequence[Any] = ...,
+    name: str | None = ...,
+    max_tokens: int | None = ...,
+    temperature: float | None = ...,
+    reasoning: str | dict[str, Any] | None = ...,
+    timeout: Duration | None = ...,
+    retry: Retry | Mapping[str, Any] | None = ...,
+    max_turns: int = ...,
+    reask: int = ...,
+    sample: int = ...,
+    background: bool = ...,
+    batch: bool = ...,
+    on_text: Callable[[str], Any] | None = ...,
+    extra: Mapping[str, Any] | None = ...,
+) -> Coroutine[Any, Any, Any]: ...
+def generate_content(prompt: Any, *, retry: Any = None, **options: Any) -> Any:
+    """Ask a model, once: ``answer = await generate_content("Name three rivers.")``.
+
+    The reply is recorded raw, synced to disk, before anything validates it. The same request in the same
+    place is never paid again: after a restart, in a second run, or when only code around it was edited.
+
+    Args:
+        prompt: text, a ``Prompt``, or a list of messages (``Reply.messages`` continues a conversation).
+        data: shown to the model after the prompt, as plain JSON. None: nothing.
+        model: ``"openai:..."`` (Responses), ``"openai-chat:..."`` (Chat Completions), ``"anthropic:..."`` (Messages).
+            None: ``configure(model=)`` or ``AGENTFLOW_MODEL``.
+        system: the system message. None: none.
+        output_type: ``str``, a pydantic model, any type a TypeAdapter takes, ``Reply`` or ``Reply[T]``.
+        tools, files, background, batch, on_text: not built yet; using one is an error before anything is sent.
+        name: the step's name. None: the prompt file's, or ``generate_content``.
+        max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
+        temperature: only where the API takes it.
+        reasoning: a word such as ``"low"``, or the provider's settings as a dict.
+        timeout: seconds or a duration for one POST. None: ten minutes or more.
+        retry: None: 3 attempts for transient errors, Retry-After honoured; 1 inside a step with its own retry.
+        max_turns: for tools.
+        reask: how often a reply that does not validate is asked about again.
+        sample: a number that asks for a deliberate repeat of the same request.
+        extra: more fields of the provider's request body.
+
+    Raises:
+        UsageError, UnknownModel: before anything is sent.
+        Truncated, Refused, ContentFiltered, InvalidReply, ModelError: with ``.reply`` and ``.status``.
+    """
+    prepared = generate.prepare(prompt, **options)
+    place = here.get()
+    ex = place.ex if place is not None else scratch()
+    policy = retry_of(retry)
+    if policy is None:
+        policy = None if _retrying(place.outer if place is not None else None) else _RETRY
+    call = Call(ex, prepared.name, None, (), {}, Options(retry=policy) if policy else PLAIN, "ai")
+    call.started = True
+    call.request = prepared.request
+    call.given = data_text(prepared.request)
+    call.digest = data_digest(prepared.request)
+    call.policy = "auto"
+
+    async def ask() -> Any:
+        at = here.get()
+        assert at is not None and at.outer is not None
+        current = at.outer
+        final = await generate.converse(prepared, _Recorder(call, current))
+        current.used_model = True
+        return final
+
+    call.fn = ask
+    call.finish = lambda final: generate.finish(prepared, final)
+    ex.locate(call, call.digest)
+    call.started = False
+    return call
+
+
+def _retrying(current: Current | None) -> bool:
+    while current is not None:
+        retry = current.call.options.retry
+        if retry is not None and retry.max_attempts > 1 and current.call.kind == "step":
+            return True
+        current = current.parent
+    return False
+
+
+generate_content.__agentflow_model_call__ = True  # type: ignore[attr-defined]
+
+
+def _note_prompt(path: str, digest: str) -> None:
+    """A prompt file read inside a step counts as that step's code."""
+    place = here.get()
+    if place is not None and place.outer is not None:
+        place.ex.read_prompt(place.outer, path, digest)
+
+
+prompts.on_read = _note_prompt

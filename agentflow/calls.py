@@ -1,0 +1,195 @@
+"""One call of a step: what was asked, by whom and from where."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentflow.errors import StepNotAwaited, UsageError
+
+if TYPE_CHECKING:
+    from agentflow.capture import Capture
+    from agentflow.engine import Execution
+    from agentflow.index import Slot
+    from agentflow.records import Retry
+
+
+class Suspend(BaseException):
+    """Leaves a run that can only wait. Not an ``Exception``: ``except Exception`` must not hold it."""
+
+
+ON_CHANGE = ("auto", "rerun", "reuse", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of one step, checked."""
+
+    retry: Retry | None = None
+    timeout: float | None = None
+    idempotency_key: str | None = None
+    compensate: Callable[[Any], Any] | None = None
+    effect: bool = False
+    secret: bool = False
+    on_change: str | None = None
+    in_doubt: str = "rerun"
+    max_age: float | None = None
+    thread: bool = True
+
+
+PLAIN = Options()
+
+
+class Here:
+    """Where in a run code is executing: held in a context variable, replaced and never changed.
+
+    ``pred`` is the id of the record before this one in the same branch; ``epoch`` names the attempts
+    of the enclosing steps, so that a new attempt does not meet an old attempt's model replies.
+    """
+
+    __slots__ = ("branch", "epoch", "ex", "outer", "pred", "repeats", "scope", "task")
+
+    def __init__(
+        self, ex: Execution, scope: str, branch: str, pred: str, epoch: str, outer: Current | None, task: Any
+    ) -> None:
+        self.ex = ex
+        self.scope = scope
+        self.branch = branch
+        self.pred = pred
+        self.epoch = epoch
+        self.outer = outer
+        self.task = task
+        self.repeats: dict[str, int] = {}
+
+    def after(self, pred: str) -> Here:
+        return Here(self.ex, self.scope, self.branch, pred, self.epoch, self.outer, self.task)
+
+    def branching(self, label: str, task: Any) -> Here:
+        return Here(self.ex, self.scope, f"{self.branch}/{label}", self.pred, self.epoch, self.outer, task)
+
+
+here: ContextVar[Here | None] = ContextVar("agentflow_here", default=None)
+
+
+class Current:
+    """The step that is executing, as ``current_step()`` gives it.
+
+    Attributes: ``name``; ``run_id``; ``attempt`` (from 1); ``idempotency_key`` (always set, the same in
+    every attempt and after a restart: hand it to payment APIs); ``id``.
+    """
+
+    __slots__ = ("attempt", "call", "clock", "cost", "id", "idempotency_key", "lent", "name", "parent", "run_id", "sample", "unknown", "used_model")
+
+    def __init__(self, call: Call, key: str, attempt: int, sample: int) -> None:
+        self.call = call
+        self.name = call.name
+        self.run_id = call.ex.run_id
+        self.id = call.occ
+        self.idempotency_key = key
+        self.attempt = attempt
+        self.sample = sample
+        self.parent = call.here.outer
+        self.lent = 0
+        self.used_model = False
+        self.cost: Any = None
+        self.unknown = 0
+        self.clock: Any = None
+
+    def __repr__(self) -> str:
+        return f"<step {self.name!r} attempt {self.attempt} of {self.run_id}>"
+
+
+def current_step() -> Current:
+    """The step that is executing: its ``name``, ``attempt``, ``idempotency_key`` and ``run_id``.
+
+    Raises:
+        UsageError: no step is executing here.
+    """
+    place = here.get()
+    if place is None or place.outer is None:
+        raise UsageError("current_step() has a meaning only inside a step's function.")
+    return place.outer
+
+
+class Call(Coroutine[Any, Any, Any]):
+    """What ``step(...)`` returns: captured at once, started when it is awaited.
+
+    It is a coroutine, so that gather, TaskGroup and create_task take it. Await it once.
+    """
+
+    __slots__ = (
+        "__weakref__", "_it", "args", "capture", "code", "ex", "extra_ops", "finish", "fn", "given", "here",
+        "digest", "ident", "kind", "kwargs", "name", "occ", "options", "place", "policy", "request", "slot", "started",
+        "task", "wait", "why",
+    )
+
+    def __init__(self, ex: Execution, name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, kind: str) -> None:
+        self.ex = ex
+        self.name = name
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.options = options
+        self.kind = kind
+        self.started = False
+        self._it: Generator[Any, Any, Any] | None = None
+        self.capture: Capture | None = None
+        self.code: Any = None
+        self.slot: Slot | None = None
+        self.finish: Callable[[Any], Any] | None = None
+        self.request: Any = None
+        self.extra_ops: tuple[Any, ...] = ()
+        self.policy = "auto"
+        self.wait: Callable[[], Any] | None = None
+        self.why: str | None = None
+        # Set by the engine when it locates the call.
+        self.here: Here
+        self.ident = self.place = self.occ = self.given = self.digest = ""
+        self.task: Any = None
+
+    @property
+    def __name__(self) -> str:
+        return f"step {self.name}"
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if self.started:
+            raise UsageError(f"step {self.name!r} was awaited twice. Keep its result in a variable.")
+        self.started = True
+        return self.ex.driver(self)
+
+    def send(self, value: Any) -> Any:
+        if self._it is None:
+            self._it = self.__await__()
+        return self._it.send(value)
+
+    def throw(self, *exc: Any) -> Any:
+        if self._it is None:
+            self.started = True
+            raise exc[0] if isinstance(exc[0], BaseException) else exc[1] or exc[0]()
+        return self._it.throw(exc[0] if len(exc) == 1 else exc[1] or exc[0]())
+
+    def close(self) -> None:
+        self.started = True
+        if self._it is not None:
+            self._it.close()
+
+    def __del__(self) -> None:
+        if not self.started:
+            self.ex.forgotten(self.name)
+
+    def __repr__(self) -> str:
+        return f"<step {self.name!r}, {'started' if self.started else 'not awaited yet'}>"
+
+    def unawaited(self) -> StepNotAwaited:
+        return StepNotAwaited(f"step {self.name!r} was not awaited. Write: await step({self.name!r}, ...)")
+
+
+def current_task() -> asyncio.Task[Any] | None:
+    """The running asyncio task, or None outside an event loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

@@ -1,0 +1,205 @@
+"""What a step was given: the identity of a call, independent of who calls it and when.
+
+``capture(fn, args, kwargs)`` writes everything that flows into a call besides its code as one canonical text:
+arguments, defaults, captured variables, partial arguments, the attributes of ``self`` that the code names, and for a
+lambda typed in a notebook cell the plain data it takes from other cells. Code is digested separately, by
+``agentflow.codedigest``.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from agentflow.codedigest import code_of, free_values, in_notebook, is_data, is_own_class, is_own_file, shape_of
+from agentflow.compare import Encoder, cell_value, changed_paths, dumps, marked, opaque_paths, short_digest
+from agentflow.errors import UsageError
+
+__all__ = ["Capture", "capture", "data_digest", "data_text"]
+
+_ASYNC = 0x80 | 0x100  # coroutine, generator-based coroutine
+_ASYNC_GENERATOR = 0x200
+
+
+def data_text(value: Any) -> str:
+    """Canonical text of plain data: equal values give equal text in every process and on every version.
+
+    Raises:
+        UsageError: the value holds a generator or a coroutine.
+    """
+    return dumps(Encoder(is_own_class, free=free_values).encode(value)).decode()
+
+
+def data_digest(value: Any) -> str:
+    """Digest of ``data_text(value)``: 22 characters ``[A-Za-z0-9_-]``."""
+    return short_digest(dumps(Encoder(is_own_class, free=free_values).encode(value)))
+
+
+class Capture:
+    """What one call was given.
+
+    Attributes:
+        text: canonical JSON with the parts that are not empty: ``args``, ``kwargs``, ``defaults``, ``free``, ``self``,
+            ``globals``.
+        digest: 22 characters ``[A-Za-z0-9_-]`` of ``text``.
+        opaque: paths of values without data form (clients, locks, files): not compared.
+        names: names of the captured variables, in the order of ``free``; renaming them changes nothing.
+        is_async: whether calling the function gives an awaitable. A plain function that returns one is not known here.
+    """
+
+    __slots__ = ("_again", "_cells", "_mutable", "digest", "is_async", "names", "opaque", "text")
+
+    def __init__(
+        self,
+        out: bytes,
+        encoder: Encoder,
+        names: tuple[str, ...],
+        cells: tuple[tuple[str, types.CellType, Any], ...],
+        is_async: bool,
+        again: Callable[[], bytes],
+    ) -> None:
+        self.text = out.decode()
+        self.digest = short_digest(out)
+        self.opaque: tuple[str, ...] = tuple(opaque_paths(self.text)) if encoder.opaque else ()
+        self.names = names
+        self.is_async = is_async
+        self._mutable = encoder.mutable
+        self._cells = cells
+        self._again = again
+
+    def rebound(self) -> str | None:
+        """Name of a captured variable that holds something else now than when the call was made, or None."""
+        for name, cell, then in self._cells:
+            now = cell_value(cell)
+            if now is then:
+                continue
+            old, new = (
+                Encoder(is_own_class, free=free_values, lenient=True),
+                Encoder(is_own_class, free=free_values, lenient=True),
+            )
+            if dumps(old.encode(then)) != dumps(new.encode(now)) or old.opaque:
+                return name
+        return None
+
+    def mutated(self) -> tuple[str, ...]:
+        """Paths of given values whose content differs now from when the call was made."""
+        if not self._mutable:
+            return ()
+        try:
+            out = self._again()
+        except Exception:  # the step is done and may have been paid for: what it left behind must not undo that
+            return ()
+        if short_digest(out) == self.digest:
+            return ()
+        return tuple(changed_paths(self.text, out.decode()))
+
+
+def capture(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:
+    """Takes down what ``fn(*args, **kwargs)`` is given.
+
+    Raises:
+        UsageError: ``fn`` is a coroutine, an async generator function or not callable; a generator or coroutine is
+            among what is given.
+    """
+    given = _Given(fn, tuple(args), dict(kwargs) if kwargs else {})
+    encoder, out = given.encode()
+    cells = tuple((name, cell, cell_value(cell)) for name, cell in given.cells)
+    return Capture(
+        out, encoder, tuple(n for n, _ in given.cells), cells, given.is_async, lambda: given.encode(lenient=True)[1]
+    )
+
+
+class _Given:
+    """A call taken apart: partials flattened, wrappers of libraries unwrapped, ``self`` set aside."""
+
+    def __init__(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.root, self.root_args, self.root_kwargs = fn, args, kwargs
+        self.owner: Any = None
+        self.function: types.FunctionType | None = None
+        self.cells: list[tuple[str, types.CellType]] = []
+        self.is_async = False
+        self.other: Any = None
+        while type(fn) is not types.FunctionType:
+            if isinstance(fn, functools.partial):
+                args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
+            elif type(fn) is types.MethodType:
+                self.owner, fn = fn.__self__, fn.__func__
+            elif isinstance(fn, (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)):
+                fn.close() if not isinstance(fn, types.AsyncGeneratorType) else None
+                name = fn.__name__
+                raise UsageError(
+                    f'{name}(...) was called already: pass the function and its arguments: step("{name}", {name}, ...)'
+                )
+            elif not callable(fn):
+                raise UsageError(f'a step runs a function, not {type(fn).__name__}: step("x", f, d)')
+            elif (marked(fn, "__agentflow_step__") or marked(fn, "__agentflow_tool__")) and hasattr(fn, "fn"):
+                fn = fn.fn
+            elif "__wrapped__" in getattr(fn, "__dict__", ()):
+                fn = fn.__wrapped__
+            elif not isinstance(fn, type) and is_own_class(type(fn)):
+                call = type(fn).__call__
+                if type(call) is not types.FunctionType:
+                    break
+                self.owner, fn = fn, call
+            else:
+                break
+        self.args, self.kwargs = args, kwargs
+        if type(fn) is not types.FunctionType:
+            bound = getattr(fn, "__self__", None)
+            self.other = None if isinstance(fn, type) or isinstance(bound, types.ModuleType) else bound
+            self.is_async = bool(getattr(getattr(fn, "__code__", None), "co_flags", 0) & _ASYNC)
+            if not self.is_async and type(fn).__module__ == "unittest.mock":
+                self.is_async = bool(getattr(type(fn).__call__, "__code__", None)) and "Async" in type(fn).__name__
+            return
+        flags = fn.__code__.co_flags
+        if flags & _ASYNC_GENERATOR:
+            raise UsageError(
+                f"{fn.__name__} is an async generator: a step returns one value; collect the items and return a list"
+            )
+        self.is_async = bool(flags & _ASYNC) or "_is_coroutine_mark" in fn.__dict__  # inspect.markcoroutinefunction
+        while hasattr(fn, "__wrapped__") and not is_own_file(fn.__code__.co_filename):
+            fn = fn.__wrapped__
+            if type(fn) is not types.FunctionType:
+                return
+        self.function = fn
+        if fn.__closure__:
+            by_name = dict(zip(fn.__code__.co_freevars, fn.__closure__, strict=True))
+            self.cells = [
+                (n, by_name[n]) for n in shape_of(fn.__code__).free
+                if not marked(cell_value(by_name[n]), "__agentflow_context__")
+            ]  # fmt: skip
+
+    def encode(self, lenient: bool = False) -> tuple[Encoder, bytes]:
+        encoder = Encoder(is_own_class, self._attrs, free_values, lenient)
+        fn, enc = self.function, encoder.encode
+        parts: dict[str, Any] = {}
+        if self.args:
+            parts["args"] = [enc(a) for a in self.args if not marked(a, "__agentflow_context__")]
+        if self.kwargs:
+            parts["kwargs"] = {k: enc(v) for k, v in self.kwargs.items() if not marked(v, "__agentflow_context__")}
+        if self.owner is not None:
+            parts["self"] = enc(self.owner)
+        elif self.other is not None:
+            parts["self"] = enc(self.other)
+        if fn is not None:
+            if self.cells:
+                parts["free"] = [enc(cell_value(c)) for _, c in self.cells]
+            if fn.__defaults__ or fn.__kwdefaults__:
+                taken = len(self.args) + (self.owner is not None)
+                first = fn.__code__.co_argcount - len(fn.__defaults__ or ())
+                left = [enc(d) for i, d in enumerate(fn.__defaults__ or ()) if first + i >= taken]
+                named = {k: enc(v) for k, v in (fn.__kwdefaults__ or {}).items() if k not in self.kwargs}
+                if left or named:
+                    parts["defaults"] = [*left, named] if named else left
+            if fn.__name__ == "<lambda>" and in_notebook(fn):
+                names = {c.names[0] for c in shape_of(fn.__code__).chains if not c.captured}
+                data = {n: fn.__globals__[n] for n in names if n in fn.__globals__}
+                cells = {n: enc(v) for n, v in data.items() if is_data(v)}
+                if cells:
+                    parts["globals"] = cells
+        return encoder, dumps({k: v for k, v in parts.items() if v})
+
+    def _attrs(self) -> frozenset[str] | None:
+        return code_of(self.root, self.root_args, self.root_kwargs).attrs

@@ -1,0 +1,187 @@
+"""``Context``: what a workflow's body is handed besides its input."""
+
+from __future__ import annotations
+
+import logging
+import random as random_
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+
+from agentflow import codec
+from agentflow.calls import PLAIN, Call, here
+from agentflow.drive import PENDING, Wait, drive_blocking
+from agentflow.durations import Duration, seconds
+from agentflow.errors import UsageError
+from agentflow.index import Row, Slot
+from agentflow.records import StepRecord, moment
+from agentflow.run import Execution
+from agentflow.settings import log
+
+
+def view(row: Row, *, replayed: bool = False) -> StepRecord:
+    """A stored row as the record people see."""
+    head = row.head
+    output, usage, cost = None, None, head.get("cost")
+    if head["status"] == "completed" and not head.get("secret"):
+        try:
+            output = codec.decode(row.output)
+        except Exception as error:  # a type that is gone must not hide the rest of the record
+            output = f"<{error}>"
+    if head["kind"] == "ai" and isinstance(output, dict):
+        from agentflow.models import Usage
+
+        usage, output = Usage(**output["usage"]), output["text"]
+    error = head.get("error")
+    return StepRecord(
+        name=head["name"],
+        id=head["occ"],
+        kind=head["kind"],
+        status=head["status"],
+        started_at=moment(head["t0"]),
+        completed_at=moment(head["t1"]),
+        attempts=head["attempts"],
+        replayed=replayed,
+        idempotency_key=head["key"],
+        output=output,
+        error=f"{error['name']}: {error['message']}" if error else None,
+        usage=usage,
+        cost=Decimal(cost) if cost is not None and not head.get("unpriced") else None,
+        model=head.get("model"),
+        parent=head.get("parent"),
+        in_doubt=head.get("in_doubt", 0),
+    )
+
+
+class Steps:
+    """The steps of this execution so far, by name: ``ctx.steps["charge"].duration``."""
+
+    def __init__(self, ex: Execution) -> None:
+        self._ex = ex
+
+    def _view(self, slot: Slot) -> StepRecord:
+        n = next(self._ex.versions(slot), slot.n)
+        return view(self._ex.records.row(slot, n), replayed=slot.id not in self._ex.live)
+
+    def __getitem__(self, name: str) -> StepRecord:
+        slots = self._ex.seen.get(name)
+        if not slots:
+            known = ", ".join(map(repr, self._ex.seen)) or "none yet"
+            raise KeyError(f"no step named {name!r} has ended in this run; there are: {known}")
+        return self._view(slots[-1])
+
+    def get(self, name: str) -> StepRecord | None:
+        """The last step of that name, or None."""
+        return self[name] if name in self else None
+
+    def all(self, name: str) -> list[StepRecord]:
+        """All steps of that name, in the order in which they ended."""
+        return [self._view(slot) for slot in self._ex.seen.get(name, ())]
+
+    def __contains__(self, name: object) -> bool:
+        return bool(self._ex.seen.get(name))  # type: ignore[call-overload]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ex.seen)
+
+    def __len__(self) -> int:
+        return len(self._ex.seen)
+
+
+class Context:
+    """Handed to the body of a workflow as its first argument.
+
+    Attributes: ``run_id``; ``workflow`` (its name); ``input`` (the arguments, by name; a single argument
+    by itself); ``steps`` (what has ended so far); ``log`` (a logger that names the run).
+    """
+
+    __agentflow_context__ = True
+
+    def __init__(self, ex: Execution, given: Any, blocking: bool) -> None:
+        self._ex = ex
+        self._blocking = blocking
+        self.run_id = ex.run_id
+        self.workflow = ex.workflow
+        self.input = given
+        self.steps = Steps(ex)
+        self.log = logging.LoggerAdapter(log, {"run_id": ex.run_id})
+
+    def now(self, name: str = "") -> datetime:
+        """The time, as an aware UTC datetime; recorded, so that a restart reads the same."""
+        return self._value("now", name, lambda: datetime.fromtimestamp(self._ex.clock(), UTC))  # type: ignore[no-any-return]
+
+    def uuid4(self, name: str = "") -> uuid.UUID:
+        """A random UUID; recorded, so that a restart reads the same."""
+        return self._value("uuid4", name, uuid.uuid4)  # type: ignore[no-any-return]
+
+    def random(self, name: str = "") -> float:
+        """A random number in [0, 1); recorded, so that a restart reads the same."""
+        return self._value("random", name, random_.random)  # type: ignore[no-any-return]
+
+    def sleep(self, duration: Duration) -> Any:
+        """Wait; the end is recorded, so that a restart does not begin anew. ``await`` it.
+
+        Over 60 s, when nothing else in the run can go on, the run is suspended and goes on when it is
+        run again after that time.
+        """
+        length = seconds(duration, what="ctx.sleep")
+        if length is None:
+            raise UsageError("ctx.sleep(None): give seconds or a duration such as \"30d\".")
+        ex = self._ex
+        call = Call(ex, f"sleep {duration}", None, (), {}, PLAIN, "sleep")
+        call.started = True
+        call.given = call.digest = f"sleep{length:g}"
+        ex.locate(call, _given(call.digest))
+        call.wait = lambda: self._sleeping(call, length)
+        call.started = False
+        return drive_blocking(call) if self._blocking else call
+
+    def _sleeping(self, call: Call, length: float) -> Wait:
+        ex = self._ex
+        key = f"z/{ex.key}/{call.occ}"
+        stored = ex.journal.get(key)
+        due = float(stored) if stored is not None else ex.clock() + length
+        if stored is None:
+            from agentflow.journal import Add
+
+            ex.journal.commit([Add(key, repr(due))], fence=ex.fence)
+        return Wait(lambda: None if ex.clock() >= due else PENDING, {"kind": "sleep", "id": call.occ, "until": due}, due)
+
+    def _value(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
+        if not isinstance(name, str):
+            raise UsageError(f"ctx.{kind}({name!r}): the name is text.")
+        ex = self._ex
+        at = here.get()
+        if at is None or at.ex is not ex:
+            raise UsageError(f"ctx.{kind}() was called outside the run {ex.run_id} that ctx belongs to.")
+        call = Call(ex, f"{kind} {name}".strip(), None, (), {}, PLAIN, "value")
+        call.started = True
+        ex.locate(call, _given(kind))
+        slot = call.slot = call.slot or ex.in_branch(call)
+        if slot is not None and (n := next(ex.versions(slot), None)) is not None:
+            slot.claimed = True
+            ex.enter(call)
+            return codec.decode(ex.records.row(slot, n).output)
+        text, value = codec.roundtrip(make(), where=f"ctx.{kind}()")
+        if ex.plan:
+            return value
+        slot, now = ex.own_slot(call), ex.clock()
+        head = {
+            "name": call.name, "kind": "value", "status": "completed", "run": ex.run_id, "workflow": ex.workflow,
+            "occ": call.occ, "scope": call.here.scope, "branch": ex.branch_of(call), "epoch": call.here.epoch, "given": kind,
+            "t0": now, "t1": now, "asked": now, "w0": ex.session, "s0": ex.next(), "s1": ex.next(), "attempts": 1,
+            "sample": 0, "key": "", "code": "",
+        }  # fmt: skip
+        ex.journal.commit([ex.records.record(slot, Row.compose(head, text, ""))], fence=ex.fence)
+        ex.committed(slot)
+        ex.enter(call)
+        return value
+
+
+def _given(text: str) -> str:
+    return text.ljust(20, "_")[:20].replace("/", "_").replace(".", "_").replace("+", "_")
+
+

@@ -1,0 +1,561 @@
+"""The two drivers of ``engine.process``: one on an asyncio loop, one in the calling thread.
+
+Both perform the same effects; what happens next is decided in the engine alone. This file also knows the
+tasks of a run: which branch each is, and whether anything in the run can still go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import queue
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator
+from concurrent.futures import Future
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from agentflow.calls import Call, Current, Here, Suspend, here
+from agentflow.engine import located, process
+from agentflow.errors import StepTimeout
+from agentflow.run import Execution
+
+PENDING: Any = object()
+
+
+class Wait:
+    """Something a branch waits for. ``check`` gives the result, or ``PENDING``; it may raise.
+
+    ``due`` is the epoch second at which checking makes sense by itself; None: only from outside.
+    """
+
+    __slots__ = ("check", "due", "info")
+
+    def __init__(self, check: Callable[[], Any], info: dict[str, Any], due: float | None = None) -> None:
+        self.check = check
+        self.info = info
+        self.due = due
+
+
+# -- asyncio -------------------------------------------------------------------------------
+
+
+def drive(call: Call) -> Generator[Any, Any, Any]:
+    """Run ``process`` on the loop. A hit needs no coroutine and never leaves the caller's turn."""
+    steps = process(call)
+    try:
+        effect = steps.send(None)
+    except StopIteration as stop:
+        return stop.value
+    return (yield from _perform(call, steps, effect).__await__())
+
+
+async def _perform(call: Call, steps: Generator[Any, Any, Any], effect: Any) -> Any:
+    ex = call.ex
+    while True:
+        try:
+            kind = effect[0]
+            result: Any = None
+            if kind == "attempt":
+                result = await _attempt(call, effect[1], effect[2])
+            elif kind == "commit":
+                result = await ex.journal.acommit(effect[1], fence=ex.fence, paid=effect[2])
+            elif kind == "sleep":
+                await asyncio.sleep(effect[1])
+            elif kind == "settle":
+                await _settle(ex)
+            elif kind == "park":
+                result = await park(ex, effect[1])
+            else:
+                result = await park(ex, ex.ask(effect[1]))
+        except BaseException as error:
+            send, value = steps.throw, error
+        else:
+            send, value = steps.send, result  # type: ignore[assignment]
+        try:
+            effect = send(value)
+        except StopIteration as stop:
+            return stop.value
+
+
+async def _settle(ex: Execution) -> None:
+    """Let the siblings that are ready make their calls, and so claim their own records."""
+    quiet, seen = 0, -1
+    while quiet < 5:
+        await asyncio.sleep(0)
+        count = len(ex.seen) + sum(ex._asks.values()) if len(ex._asks) < 1000 else len(ex._asks)
+        quiet = quiet + 1 if count == seen else 0
+        seen = count
+
+
+def _inside(call: Call, current: Current) -> Here:
+    """The place of code inside the step's function."""
+    task = _task()
+    return Here(call.ex, call.occ, "0", "", f"{call.here.epoch}.{current.sample}", current, task)
+
+
+def _task() -> Any:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
+    token = here.set(_inside(call, current))
+    try:
+        if timeout is None:
+            return await _invoke(call)
+        try:
+            async with asyncio.timeout(timeout) as clock:
+                current.clock = clock
+                return await _invoke(call)
+        except TimeoutError as error:
+            if clock.expired():
+                raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
+            raise
+    finally:
+        here.reset(token)
+
+
+async def _invoke(call: Call) -> Any:
+    if call.kind == "ai":
+        return await _paid(call)
+    if call.wait is not None:
+        return await park(call.ex, call.wait())
+    capture = call.capture
+    if (capture is not None and capture.is_async) or not call.options.thread or call.kind != "step":
+        result = call.fn(*call.args, **call.kwargs)
+    else:
+        result = await _in_thread(call)
+    if inspect.isawaitable(result):
+        result = await result
+    return result
+
+
+async def _paid(call: Call) -> Any:
+    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded."""
+    ex = call.ex
+    task = asyncio.get_running_loop().create_task(call.fn())
+    ex.tasks.pop(task, None)
+    ex.stragglers.add(task)
+    task.add_done_callback(ex.stragglers.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
+        raise
+
+
+async def _in_thread(call: Call) -> Any:
+    ex, version = call.ex, (call.slot.n + 1 if call.slot is not None else 0)
+    future = threads.submit(contextvars.copy_context(), call.fn, call.args, call.kwargs)
+    waiter = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(waiter)
+    except asyncio.CancelledError:
+
+        def came_back(done: Future[Any]) -> None:
+            if done.exception() is None:
+                ex.late(call, version, done.result())
+
+        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
+        future.add_done_callback(came_back)
+        raise
+
+
+class _Threads:
+    """Daemon threads, reused: one that never comes back must not keep the process from ending."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._idle = 0
+        self._lock = threading.Lock()
+
+    def submit(
+        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            start = self._idle == 0
+            if not start:
+                self._idle -= 1
+        if start:
+            threading.Thread(target=self._loop, name="agentflow-step", daemon=True).start()
+        self._work.put((future, context, fn, args, kwargs))
+        return future
+
+    def _loop(self) -> None:
+        while True:
+            future, context, fn, args, kwargs = self._work.get()
+            try:
+                result = context.run(fn, *args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del future, context, fn, args, kwargs
+            with self._lock:
+                self._idle += 1
+
+
+threads = _Threads()
+
+
+# -- the tasks of a run --------------------------------------------------------------------
+
+_factories: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """While runs are active, each task they create is known, with the branch it is."""
+    entry = _factories.get(loop)
+    if entry is not None:
+        entry[0] += 1
+        return
+    before = loop.get_task_factory()
+
+    def factory(loop: Any, coro: Any, **kwargs: Any) -> Any:
+        task = before(loop, coro, **kwargs) if before is not None else asyncio.Task(coro, loop=loop, **kwargs)
+        place = here.get()
+        if place is not None and place.ex.loop is loop and not task.done():
+            ex = place.ex
+            ex.tasks[task] = "" if isinstance(coro, Call) else ex.label(_label(coro))
+            task.add_done_callback(lambda done: ex.tasks.pop(done, None))
+        return task
+
+    _factories[loop] = [1, before, factory]
+    loop.set_task_factory(factory)
+
+
+def _unwatch_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    entry = _factories[loop]
+    entry[0] -= 1
+    if entry[0] == 0:
+        if loop.get_task_factory() is entry[2]:
+            loop.set_task_factory(entry[1])
+        del _factories[loop]
+
+
+def _label(coro: Any) -> str:
+    """What names a branch: its function and what that was given."""
+    frame = getattr(coro, "cr_frame", None)
+    name = getattr(coro, "__qualname__", type(coro).__name__)
+    if frame is None:
+        return str(name)
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    return branch_label(str(name), [frame.f_locals.get(arg) for arg in code.co_varnames[:count]])
+
+
+def branch_label(name: str, given: Any) -> str:
+    from agentflow.capture import data_digest
+
+    try:
+        return f"{name}({data_digest(given)[:12]})".replace("/", "|")
+    except Exception:  # an argument of any kind may be there; the name alone then tells the branch
+        return name.replace("/", "|")
+
+
+async def park(ex: Execution, wait: Wait | None) -> Any:
+    """Wait for a person, an event or a time; leaves by ``Suspend`` when nothing else can go on."""
+    if wait is not None:
+        result = wait.check()
+        if result is not PENDING:
+            return result
+    future = asyncio.get_running_loop().create_future()
+    ex.parked[future] = (wait, asyncio.current_task())
+    if ex.watcher is None or ex.watcher.done():
+        ex.watcher = contextvars.Context().run(asyncio.ensure_future, _watch(ex))
+    clocks = _stop_clocks()
+    try:
+        return await future
+    finally:
+        ex.parked.pop(future, None)
+        now = asyncio.get_running_loop().time()
+        for clock, left in clocks:
+            clock.reschedule(now + left)
+
+
+def _stop_clocks() -> list[tuple[Any, float]]:
+    """Waiting does not count against the timeouts of the enclosing steps."""
+    place, stopped = here.get(), []
+    now = asyncio.get_running_loop().time()
+    current = place.outer if place is not None else None
+    while current is not None:
+        if current.clock is not None and (when := current.clock.when()) is not None:
+            stopped.append((current.clock, when - now))
+            current.clock.reschedule(None)
+        current = current.parent
+    return stopped
+
+
+async def _watch(ex: Execution) -> None:
+    pause = 0.0
+    while ex.parked:
+        await asyncio.sleep(pause)
+        for future, (wait, _) in list(ex.parked.items()):
+            if wait is None or future.done():
+                continue
+            try:
+                result = wait.check()
+            except BaseException as error:
+                future.set_exception(error)
+                pause = 0.0
+            else:
+                if result is not PENDING:
+                    future.set_result(result)
+                    pause = 0.0
+        if any(future.done() for future in ex.parked):
+            continue
+        now = ex.clock()
+        soon = any(wait is not None and wait.due is not None and wait.due - now <= 60 for wait, _ in ex.parked.values())
+        if not ex.stay and not soon and _idle(ex):
+            ex.suspended = True
+            ex.waits = [wait for wait, _ in ex.parked.values() if wait is not None]
+            for future in ex.parked:
+                if not future.done():
+                    future.set_exception(Suspend())
+            return
+        due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
+        pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
+
+
+def _idle(ex: Execution) -> bool:
+    """Whether every task of the run waits for what is parked, or for another task that does."""
+    parked = {task for _, task in ex.parked.values()}
+    if ex.stragglers or ex.threads:
+        return False
+    tasks = [task for task in ex.tasks if not task.done()]
+    if ex.root.task is not None and not ex.root.task.done():
+        tasks.append(ex.root.task)
+    return all(task in parked or _waits_for_tasks(task, ex) for task in tasks)
+
+
+def _waits_for_tasks(task: Any, ex: Execution) -> bool:
+    waiter = getattr(task, "_fut_waiter", None)
+    if waiter is None:
+        return False
+    if isinstance(waiter, asyncio.Task):
+        return waiter in ex.tasks
+    if hasattr(waiter, "_children"):
+        return True
+    innermost = _innermost(task.get_coro())
+    name = innermost.co_filename.replace("\\", "/") if innermost is not None else ""
+    return "/asyncio/" in name and not name.endswith(("streams.py", "events.py", "subprocess.py")) and (
+        innermost is None or innermost.co_name != "sleep"
+    )
+
+
+def _innermost(coro: Any) -> Any:
+    code = None
+    while coro is not None:
+        if isinstance(coro, Call):
+            coro = coro._it
+            continue
+        frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None) or getattr(coro, "ag_frame", None)
+        if frame is not None:
+            code = frame.f_code
+        coro = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None) or getattr(coro, "ag_await", None)
+    return code
+
+
+async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
+    """Run the body until it ends or can only wait. Returns its value; raises what it raised, or Suspend."""
+    loop = asyncio.get_running_loop()
+    ex.loop = loop
+    _watch_tasks(loop)
+    token = here.set(ex.root)
+    try:
+        body = loop.create_task(_body(main))
+    finally:
+        here.reset(token)
+    ex.tasks.pop(body, None)
+    ex.root.task = body
+    try:
+        try:
+            await asyncio.wait({body})
+        except asyncio.CancelledError:
+            body.cancel()
+            await asyncio.wait({body}, timeout=30)
+            raise
+        if ex.suspended:
+            body.cancelled() or body.exception()
+            raise Suspend
+        return body.result()
+    finally:
+        await _clean_up(ex)
+        _unwatch_tasks(loop)
+
+
+async def _body(main: Callable[[], Awaitable[Any]]) -> Any:
+    return await main()
+
+
+async def _clean_up(ex: Execution) -> None:
+    """Nothing of a run goes on after it: branches are cancelled, paid calls in flight are waited for."""
+    left = [task for task in ex.tasks if not task.done()]
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=30)
+        for task in left:
+            task.cancelled() or (task.done() and task.exception())
+    if ex.watcher is not None and not ex.watcher.done():
+        ex.watcher.cancel()
+        await asyncio.wait({ex.watcher})
+    if ex.stragglers:
+        ex.say("waiting for a paid model call in flight, so that its reply is recorded")
+        await asyncio.wait(set(ex.stragglers), timeout=120)
+    ex.closed = True
+
+
+# -- the calling thread --------------------------------------------------------------------
+
+
+def drive_blocking(call: Call) -> Any:
+    """Run ``process`` in the calling thread."""
+    call.started = True
+    ex = call.ex
+    steps = process(call)
+    send: Any = steps.send
+    value: Any = None
+    while True:
+        try:
+            effect = send(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            kind = effect[0]
+            value = None
+            if kind == "attempt":
+                value = _attempt_blocking(call, effect[1], effect[2])
+            elif kind == "commit":
+                value = ex.journal.commit(effect[1], fence=ex.fence, paid=effect[2])
+            elif kind == "sleep":
+                time.sleep(effect[1])
+            elif kind == "settle":
+                time.sleep(0)
+            else:
+                value = park_blocking(ex, effect[1] if kind == "park" else ex.ask(effect[1]))
+            send = steps.send
+        except BaseException as error:
+            send, value = steps.throw, error
+
+
+def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> Any:
+    ex = call.ex
+    token = here.set(_inside(call, current))
+    try:
+        if call.wait is not None:
+            return park_blocking(ex, call.wait())
+        is_async = call.kind == "ai" or (call.capture is not None and call.capture.is_async)
+        if not is_async and timeout is None:
+            result = call.fn(*call.args, **call.kwargs)
+            if not inspect.isawaitable(result):
+                return result
+            return portal.call(_await, result)
+        context = contextvars.copy_context()
+        if is_async:
+            future = portal.start(context, call.fn, call.args, call.kwargs)
+        else:
+            future = threads.submit(context, call.fn, call.args, call.kwargs)
+        version = call.slot.n + 1 if call.slot is not None else 0
+        try:
+            return future.result(timeout)
+        except TimeoutError as error:
+            if future.done():
+                raise
+            if is_async and call.kind != "ai":
+                future.cancel()
+            else:
+                future.add_done_callback(lambda f: f.exception() is None and ex.late(call, version, f.result()))
+            raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
+    finally:
+        here.reset(token)
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def park_blocking(ex: Execution, wait: Wait | None) -> Any:
+    """Wait in the calling thread; leaves by ``Suspend`` unless the run is to stay or the time is near."""
+    pause = 0.001
+    while True:
+        if wait is not None:
+            result = wait.check()
+            if result is not PENDING:
+                return result
+        near = wait is not None and wait.due is not None and wait.due - ex.clock() <= 60
+        if not ex.stay and not near:
+            ex.suspended = True
+            ex.waits = [wait] if wait is not None else []
+            raise Suspend
+        left = wait.due - ex.clock() if wait is not None and wait.due is not None else pause
+        time.sleep(max(0.0, min(pause, left)))
+        pause = min(pause * 2, 0.25)
+
+
+class _Portal:
+    """One loop in a daemon thread, for async functions that plain code calls."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None or not self._loop.is_running():
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="agentflow-loop", daemon=True).start()
+                while not self._loop.is_running():
+                    time.sleep(0.0005)
+            return self._loop
+
+    def start(
+        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Future[Any]:
+        loop = self.loop()
+        future: Future[Any] = Future()
+
+        def begin() -> None:
+            try:
+                task = context.run(loop.create_task, _await_call(fn, args, kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+                return
+            task.add_done_callback(lambda done: _copy(done, future))
+            future.add_done_callback(lambda f: f.cancelled() and loop.call_soon_threadsafe(task.cancel))
+
+        loop.call_soon_threadsafe(begin)
+        return future
+
+    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Run an async function there and wait; Ctrl-C cancels it."""
+        future = self.start(contextvars.copy_context(), fn, args, {})
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _await_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return await fn(*args, **kwargs)
+
+
+def _copy(task: asyncio.Task[Any], future: Future[Any]) -> None:
+    if future.cancelled():
+        task.cancelled() or task.exception()
+    elif task.cancelled():
+        future.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())
+
+
+portal = _Portal()

@@ -1,0 +1,544 @@
+"""How one step is decided: replayed, run, retried, or refused.
+
+Theory of operation
+-------------------
+``step(...)`` captures what the function is given and *locates* the call: its ident (scope, name, given)
+and its place among exact repeats. If the journal has a record at exactly that place, the call claims it
+there and then. Awaiting the call runs ``process``, a generator without I/O of its own: it yields
+*effects* (run an attempt, commit, sleep, let siblings go first, wait for a person) which a driver
+performs, an asyncio one or a blocking one (``drive.py``). A hit yields nothing.
+
+What is written around one attempt, and what a crash at each point means:
+
+1. *started mark* (side file; a synced row where ``in_doubt`` is "raise" or "ask"). A crash after it leaves
+   a step in doubt: started, no result.
+2. the function runs. A paid model reply is committed inside it, raw, before anything validates it: a crash
+   after that finds the reply again and pays nothing.
+3. a failed attempt that will be tried again is committed as an attempt, so that counting goes on.
+4. *the record*: output and what was given, in one synced commit. Only then does the caller get the value,
+   which has been through the codec. A crash after it replays.
+
+States of a step: (nothing) -> started -> completed | failed; a completed one may become void (undone by
+its compensation) or dropped (``rerun=``); both keep their record and get a newer version when asked again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any
+
+import orjson
+
+from agentflow import codec
+from agentflow.calls import Call, Current, Suspend
+from agentflow.errors import (
+    BudgetExceeded,
+    CapturedChanged,
+    IdempotencyConflict,
+    JournalError,
+    ModelError,
+    NondeterministicStep,
+    RunBusy,
+    RunCancelled,
+    StepChanged,
+    StepInDoubt,
+    UsageError,
+)
+from agentflow.index import Row, Slot, short
+from agentflow.journal import Add
+from agentflow.lease import acquire
+from agentflow.records import ONCE, Retry
+from agentflow.run import Attempts
+
+Effect = tuple[Any, ...]
+Process = Generator[Effect, Any, Any]
+
+# Not failures of the step: these leave it as it is and the run resumable.
+NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy)
+
+
+def process(call: Call) -> Process:
+    """Everything between ``await step(...)`` and its value."""
+    ex = call.ex
+    if ex.suspended:
+        raise Suspend
+    if call.capture is not None and (name := call.capture.rebound()) is not None:
+        raise located(
+            CapturedChanged(
+                f"step {call.name!r} captured the variable {name!r}, which was given another value before the step "
+                f"started. Pass it instead: step({call.name!r}, f, {name})."
+            ),
+            call,
+        )
+    if call.options.idempotency_key is not None:
+        return (yield from _keyed(call))
+    if ex.scratch:
+        return (yield from _claimed(call))
+    row = yield from _find(call)
+    if row is not None:
+        return ex.deliver(call, row)
+    return (yield from _run(call))
+
+
+def located(error: Any, call: Call) -> Any:
+    """The error, with the step and the run it speaks of."""
+    error.step, error.run_id = call.name, call.ex.run_id
+    return error
+
+
+def _find(call: Call) -> Generator[Effect, Any, Row | None]:
+    """The record to reuse, or None to run; ``call.slot`` is the slot to use either way."""
+    ex = call.ex
+    slot = call.slot
+    if slot is None:
+        taken = ex.records.at(call.ident, call.place)
+        if taken is not None and taken.claimed == "lent":
+            raise located(
+                NondeterministicStep(
+                    f"step {call.name!r} was recorded once, was reused for a call that differs from it only by a clock "
+                    "reading, uuid or address, and is now asked for exactly. Use ctx.now() or ctx.uuid4(), or give the "
+                    "step an idempotency_key."
+                ),
+                call,
+            )
+        slot = ex.in_branch(call)
+        if slot is None and ex.others(call):
+            # Siblings that have this record in their own place get the chance to claim it first.
+            yield ("settle",)
+            slot = ex.elsewhere(call) or _like(call)
+        if slot is None:
+            if ex.others(call):
+                _refuse_changed(call)
+                ex.missed(call)
+            return None
+        call.slot = slot
+        slot.claimed = slot.claimed or True
+    return _judge(call, slot)
+
+
+def _judge(call: Call, slot: Slot) -> Row | None:
+    """The version of a slot that may be reused, by the rules for edited code and for failures."""
+    ex, options = call.ex, call.options
+    policy = call.policy
+    why = None
+    for n in ex.versions(slot):
+        row = ex.records.row(slot, n)
+        head = row.head
+        late = head.get("late", False)
+        if head.get("ai") and head["epoch"] != call.here.epoch:
+            continue
+        if late and not ex.retries(slot, n):
+            continue
+        edited = _edited(call, head)
+        if edited and policy == "error":
+            raise located(
+                StepChanged(
+                    f"step {call.name!r} of {ex.run_id} was recorded with other code ({_parts(call, head)}) and "
+                    f'on_change="error" refuses that. Go back, or rerun=[{call.name!r}], or on_change="auto".'
+                ),
+                call,
+            )
+        model_step = head.get("ai") or (call.code is not None and call.code.reaches_model)
+        if edited and (policy == "rerun" or (policy == "auto" and model_step)):
+            why = why or _parts(call, head)
+            continue
+        if head["status"] == "failed":
+            again = ex.again(call, head)
+            if again is None:
+                return row
+            why = why or again
+            break
+        if options.secret or head.get("secret"):
+            why = "its output is not recorded"
+            break
+        if options.max_age is not None and ex.clock() - head["t1"] > options.max_age:
+            why = "its record is older than max_age"
+            break
+        if edited:
+            ex.say_once(f"{call.name}: record kept although code changed ({_parts(call, head)})")
+        return row
+    if why is None and slot.n >= 0 and slot.gone:
+        why = "undone before" if slot.voids() else "asked for by rerun"
+    call.why = why
+    if why is not None:
+        ex.say(f"{call.name} ran again: {why}")
+    return None
+
+
+def _edited(call: Call, head: dict[str, Any]) -> bool:
+    if call.code is None or call.policy == "reuse":
+        return False
+    if head["code"] != call.code.digest:
+        return True
+    if (head.get("ai") or call.code.reaches_model) and head.get("model_default") != call.ex.model():
+        return True
+    return any(call.ex.prompt_digest(path) != digest for path, digest in head.get("prompts", {}).items())
+
+
+def _parts(call: Call, head: dict[str, Any]) -> str:
+    from agentflow.codedigest import changed_parts
+
+    old = call.ex.journal.get(f"c/{head['code']}")
+    names = changed_parts(orjson.loads(old) if old else (), call.code.parts)
+    names += [
+        f"{path} edited" for path, digest in head.get("prompts", {}).items() if call.ex.prompt_digest(path) != digest
+    ]
+    if not names and head.get("model_default") != call.ex.model():
+        names = [f"model changed from {head.get('model_default')} to {call.ex.model()}"]
+    return ", ".join(names[:4]) or "code changed"
+
+
+def _like(call: Call) -> Slot | None:
+    """A record that was given the same but for what the step changed itself, or accidents of the moment."""
+    from agentflow.compare import differences
+
+    ex = call.ex
+    if call.kind not in ("step",) or not call.given:
+        return None
+    lent: list[tuple[Slot, list[Any]]] = []
+    for slot in ex.unclaimed(call)[:500]:
+        n = next(ex.versions(slot), None)
+        if n is None:
+            continue
+        row = ex.records.row(slot, n)
+        head = row.head
+        if not row.given:
+            continue
+        diffs = differences(
+            row.given,
+            call.given,
+            ignore=tuple(head.get("vol", ())),
+            old_window=(head["w0"], head["asked"]),
+            new_window=(ex.session, time.time()),
+            known=ex.known,
+        )
+        if not diffs:
+            return slot
+        if all(d.accident for d in diffs):
+            lent.append((slot, diffs))
+    if not lent:
+        return None
+    slot, diffs = lent[0]
+    if len({ex.records.row(s, next(ex.versions(s))).output for s, _ in lent}) > 1:
+        raise located(
+            NondeterministicStep(
+                f"step {call.name!r}: {len(lent)} records differ from this call only by {_accidents(diffs)} and have "
+                "different results, so that none can be chosen. Use ctx.now() or ctx.uuid4(), or an idempotency_key."
+            ),
+            call,
+        )
+    slot.claimed = "lent"
+    ex.warn(
+        f"{call.name}: reused although {_accidents(diffs)} differs from the recorded one. Read it with "
+        f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
+    )
+    return slot
+
+
+def _accidents(diffs: list[Any]) -> str:
+    words = {"clock": "a clock reading", "uuid": "a uuid4", "address": "a memory address"}
+    return ", ".join(sorted({f"{words[d.accident]} in {d.path}" for d in diffs}))
+
+
+def _refuse_changed(call: Call) -> None:
+    """A step that must not run a second time with other data: an effect, or under ``on_change="error"``."""
+    ex = call.ex
+    effect = call.options.effect or call.options.compensate is not None
+    if not effect and call.policy != "error":
+        return
+    for slot in ex.unclaimed(call):
+        n = next(ex.versions(slot), None)
+        if n is None:
+            continue
+        row = ex.records.row(slot, n)
+        if row.head["status"] != "completed" or row.head["kind"] != call.kind:
+            continue
+        from agentflow.compare import differences, unified
+
+        difference = unified(differences(row.given, call.given)) if row.given and call.given else "(values not kept)"
+        reason = "is an effect and does not run twice" if effect else 'has on_change="error"'
+        raise located(
+            StepChanged(
+                f"step {call.name!r} of {ex.run_id} {reason}, but it is recorded with other data:\n{difference}\n"
+                f"To run it with the new data as well: rerun=[{call.name!r}]. If these are different operations, "
+                "give each its idempotency_key."
+            ),
+            call,
+        )
+
+
+def _keyed(call: Call) -> Process:
+    """A step named by its idempotency key: one record for all runs, one execution at a time."""
+    ex = call.ex
+    key = call.options.idempotency_key
+    assert key is not None
+    base = f"k/{short(call.name + chr(0) + key, 32)}/"
+    delay = 0.01
+    while True:
+        row, version = _keyed_row(call, base)
+        if row is None:
+            own = _judge(call, call.slot) if call.slot is not None else None
+            if own is not None and own.head["status"] == "failed":
+                return ex.deliver(call, own)
+        else:
+            head = row.head
+            if head["given"] != call.digest:
+                if head["workflow"] != ex.workflow and not ex.scratch:
+                    raise located(
+                        IdempotencyConflict(
+                            f"idempotency_key {key!r} of step {call.name!r} already names an operation of workflow "
+                            f"{head['workflow']!r} (run {head['run']}) that was given something else. Make the key "
+                            f"more specific, such as f\"{ex.workflow}:{{...}}\"."
+                        ),
+                        call,
+                    )
+                ex.warn(f"{call.name}: reused by its idempotency_key {key!r}, although it was given something else")
+            if call.slot is None or call.slot.n < 0 or next(ex.versions(call.slot), None) is None:
+                slot = ex.own_slot(call)
+                if not ex.plan:
+                    yield ("commit", [ex.records.record(slot, row.text)], False)
+                ex.committed(slot)
+            return ex.deliver(call, row)
+        if ex.plan:
+            return (yield from _run(call))
+        try:
+            claim = acquire(ex.journal, f"claim/{base}", what=f"step {call.name!r} with key {key!r}", run_id=ex.run_id)
+        except RunBusy:
+            yield ("sleep", delay)
+            delay = min(delay * 1.5, 0.25)
+            continue
+        try:
+            if _keyed_row(call, base)[0] is not None:
+                continue
+            call.extra_ops = (f"{base}{version:06d}",)
+            return (yield from _run(call, again=version))
+        finally:
+            claim.release()
+
+
+def _keyed_row(call: Call, base: str) -> tuple[Row | None, int]:
+    """The newest valid record of a key, and the number that the next one would have."""
+    rows: dict[str, str] = {}
+    gone: set[str] = set()
+    for full, text in call.ex.journal.scan(base):
+        number, _, marker = full[len(base) :].partition("!")
+        if not marker:
+            rows[number] = text
+        elif not (marker == "void" and call.ex.undoing):
+            gone.add(number)
+    valid = [number for number in rows if number not in gone]
+    if not valid:
+        return None, len(rows)
+    return Row(f"{base}{valid[-1]}", rows[valid[-1]]), len(rows)
+
+
+def _claimed(call: Call) -> Process:
+    """A step outside a workflow: no owner, only a claim while it runs."""
+    ex = call.ex
+    ex.records.load(call.ident)
+    delay = 0.01
+    while True:
+        call.slot = ex.records.at(call.ident, call.place)
+        if call.slot is None:
+            ex.records.load(call.ident[:10])
+            call.slot = _like(call)
+        row = _judge(call, call.slot) if call.slot is not None else None
+        if row is not None:
+            return ex.deliver(call, row)
+        if ex.plan:
+            return (yield from _run(call))
+        try:
+            claim = acquire(ex.journal, f"claim/{call.occ}", what=f"step {call.name!r}", run_id=ex.run_id)
+        except RunBusy:
+            yield ("sleep", delay)
+            delay = min(delay * 1.5, 0.25)
+            ex.records.load(call.ident)
+            continue
+        try:
+            before = call.slot.n if call.slot else -1
+            ex.records.load(call.ident)
+            fresh = ex.records.at(call.ident, call.place)
+            if fresh is not None and fresh.n > before:
+                continue
+            return (yield from _run(call))
+        finally:
+            claim.release()
+
+
+def _run(call: Call, again: int = 0) -> Process:
+    """Attempts until one succeeds or no more are allowed; then the record."""
+    ex, options = call.ex, call.options
+    if ex.plan:
+        ex.would_run(call)
+        yield ("park", None)
+    slot = ex.own_slot(call)
+    retry = options.retry or ONCE
+    state = ex.attempts_of(call, slot)
+    if state.started and call.kind != "human":
+        settled = yield from _in_doubt(call, slot, state)
+        if settled is not None:
+            return settled
+    attempt, sample, free = state.failed + 1, state.sample, 0
+    asked = time.time()
+    started = state.since or ex.clock()
+    order = ex.next()
+    while True:
+        if ex.suspended:
+            raise Suspend
+        undone = max(slot.voids(), again)
+        current = Current(call, ex.key_of(call, undone), attempt, sample)
+        mark = ex.started(call, slot, current, order)
+        if options.in_doubt != "rerun":
+            yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", f"{ex.clock()}")], False)
+        try:
+            result = yield ("attempt", current, options.timeout)
+            text, value = codec.roundtrip(result, where="result")
+        except Exception as exc:
+            if isinstance(exc, NOT_RECORDED):
+                raise
+            failure = exc
+        else:
+            break
+        ended = ex.clock()
+        if late := ex.late_result(call):
+            text, value = late
+            break
+        lent = current.lent > 0 and retry.resample and not (isinstance(failure, ModelError) and failure.retryable)
+        if lent or _retries(retry, attempt, failure):
+            delay = 0.0 if lent else _delay(retry, attempt, failure)
+            sample += 1 if retry.resample else 0
+            data = codec.encode_exception(failure)
+            facts = {"attempt": attempt, "free": lent, "sample": sample, "t0": started, "t1": ended, "delay": delay, "error": data}
+            yield ("commit", [Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())], False)
+            if lent:
+                free += 1
+                ex.say(f"{call.name}: what had been paid for before fails again ({_brief(failure)}); asking anew")
+            else:
+                ex.say(f"{call.name}: attempt {attempt} of {retry.max_attempts} failed ({_brief(failure)}); next in {delay:.2g}s")
+                attempt += 1
+            yield ("sleep", delay)
+            continue
+        head = _head(call, current, slot, order, asked, started, attempt, sample, mark)
+        head |= {"status": "failed", "error": codec.encode_exception(failure)}
+        yield from _record(call, slot, head, "null")
+        raise ex.failure(call, head, replayed=False) from failure
+    head = _head(call, current, slot, order, asked, started, attempt, sample, mark)
+    if options.secret:
+        head["secret"], text = True, "null"
+    yield from _record(call, slot, head, text)
+    return ex.finished(call, slot, head, value)
+
+
+def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
+    """A step that was started and has no result: the policy decides, or a person."""
+    ex = call.ex
+    if call.options.in_doubt == "rerun":
+        if not state.paid:
+            ex.doubt(call)
+        return None
+    if call.options.in_doubt == "raise":
+        raise located(
+            StepInDoubt(
+                f"step {call.name!r} of {ex.run_id} was started and its process ended before a result was recorded: it "
+                f"may have happened. Look, then rerun=[{call.name!r}] to do it (again)."
+            ),
+            call,
+        )
+    decision = yield ("ask", call)
+    if not decision.approved:
+        return None
+    text, value = codec.roundtrip(decision.data, where="result")
+    current = Current(call, ex.key_of(call, slot.voids()), state.failed + 1, state.sample)
+    head = _head(call, current, slot, ex.next(), time.time(), state.since or ex.clock(), state.failed + 1, state.sample, 1)
+    yield from _record(call, slot, head, text)
+    return ex.finished(call, slot, head, value)
+
+
+def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Generator[Effect, Any, None]:
+    ex = call.ex
+    given = call.given if len(call.given) <= 65536 else ""
+    if named := [extra for extra in call.extra_ops if isinstance(extra, str)]:
+        head["named"] = named[0]
+    text = Row.compose(head, output, given)
+    ops: list[Any] = [ex.records.record(slot, text)]
+    if head["status"] == "completed":
+        ops += [Add(extra, text) if isinstance(extra, str) else extra for extra in call.extra_ops]
+    else:
+        ops += [extra for extra in call.extra_ops if not isinstance(extra, str)]
+    if call.code is not None and ex.new_code(call.code.digest):
+        ops.append(Add(f"c/{call.code.digest}", orjson.dumps(call.code.parts).decode()))
+    yield ("commit", ops, head.get("ai", False))
+    ex.committed(slot)
+
+
+def _head(
+    call: Call, current: Current, slot: Slot, order: list[int], asked: float, started: float, attempt: int, sample: int, doubt: int
+) -> dict[str, Any]:
+    ex = call.ex
+    head: dict[str, Any] = {
+        "name": call.name,
+        "kind": call.kind,
+        "status": "completed",
+        "run": ex.run_id,
+        "workflow": ex.workflow,
+        "occ": call.occ,
+        "scope": call.here.scope,
+        "branch": ex.branch_of(call),
+        "epoch": call.here.epoch,
+        "given": call.digest,
+        "t0": started,
+        "t1": ex.clock(),
+        "asked": asked,
+        "w0": ex.session,
+        "s0": order,
+        "s1": ex.next(),
+        "attempts": attempt,
+        "sample": sample,
+        "key": current.idempotency_key,
+        "code": call.code.digest if call.code is not None else "",
+    }
+    if current.used_model:
+        head["ai"] = True
+    if current.used_model or (call.code is not None and call.code.reaches_model):
+        head["model_default"] = ex.model()
+    if current.cost is not None:
+        head["cost"] = str(current.cost)
+    if current.unknown:
+        head["unpriced"] = current.unknown
+    if current.parent is not None:
+        head["parent"] = current.parent.name
+    if doubt:
+        head["in_doubt"] = doubt
+    capture = call.capture
+    if capture is not None:
+        if changed := capture.mutated():
+            head["vol"] = list(changed)
+            ex.say_once(f"{call.name}: changes {', '.join(changed[:3])} itself; that will not be compared")
+        if capture.opaque:
+            head["opaque"] = list(capture.opaque)
+    prompts = ex.prompts_read(current)
+    if prompts:
+        head["prompts"] = prompts
+    if call.request is not None:
+        head["model"] = call.request["model"]
+    return head
+
+
+def _retries(retry: Retry, attempt: int, failure: Exception) -> bool:
+    if attempt >= retry.max_attempts or isinstance(failure, UsageError | StepChanged | NondeterministicStep | CapturedChanged):
+        return False
+    return retry.retry_if is None or bool(retry.retry_if(failure))
+
+
+def _delay(retry: Retry, attempt: int, failure: Exception) -> float:
+    asked = getattr(failure, "retry_after", None)
+    return max(retry.delay(attempt), float(asked) if isinstance(asked, int | float) else 0.0)
+
+
+def _brief(failure: BaseException) -> str:
+    from agentflow.redact import redact
+
+    text = str(failure).splitlines()[0][:120] if str(failure) else ""
+    return redact(f"{type(failure).__name__}: {text}" if text else type(failure).__name__)
+

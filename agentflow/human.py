@@ -1,0 +1,303 @@
+"""Questions to people: opened by a run, answered from anywhere, first decision wins.
+
+A task is a document ``h/<task>``; ``ht/<run>/<name>/<task>`` finds a run's tasks, ``xt/open/...`` the open ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from agentflow import codec
+from agentflow.calls import PLAIN, Call, here
+from agentflow.capture import data_digest, data_text
+from agentflow.drive import PENDING, Wait
+from agentflow.durations import Duration, seconds
+from agentflow.errors import HumanTaskExpired, NondeterministicStep, NotRecordable, TaskRejected, UsageError
+from agentflow.index import NS, in_key, short
+from agentflow.journal import Drop, Put
+from agentflow.records import Decision, HumanTask, moment
+from agentflow.run import Execution
+from agentflow.settings import log, settings
+
+UNSET: Any = object()
+
+
+def human_call(
+    type: str, assign_to: Any, data: Any, title: str | None, schema: Any, timeout: Duration | None, on_timeout: Any
+) -> Call:
+    """The call behind ``human_task``; checks everything before a task is opened."""
+    if not isinstance(type, str) or not type.strip():
+        raise UsageError(f"human_task(type={type!r}): a word such as \"approve\", \"review\" or \"input\".")
+    names = [assign_to] if isinstance(assign_to, str) or assign_to is None else assign_to
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names if name is not None):
+        raise UsageError(f"human_task(assign_to={assign_to!r}): a name, a list of names, or None for anybody.")
+    if title is not None and not isinstance(title, str):
+        raise UsageError(f"human_task(title={title!r}) is not text.")
+    limit = seconds(timeout, what="timeout")
+    place = here.get()
+    if place is None or place.ex.scratch:
+        raise UsageError(
+            "human_task needs a workflow, which can wait for the answer: put it into a function decorated with @workflow."
+        )
+    shown = codec.encode(data, where="data")
+    form = _form(schema)
+    fields = {"type": type, "assign_to": assign_to, "title": title, "data": data, "schema": form}
+    ex = place.ex
+    call = Call(ex, title or type, None, (), {}, PLAIN, "human")
+    call.started = True
+    call.given = data_text(fields)
+    call.digest = data_digest(fields)
+    facts = {"type": type, "assign_to": assign_to, "title": title, "schema": form, "data": shown, "digest": data_digest(data)}
+    call.wait = lambda: _wait(call, facts, limit)
+    call.finish = lambda outcome: _outcome(call, outcome, schema, on_timeout)
+    ex.locate(call, call.digest)
+    call.started = False
+    return call
+
+
+def _form(schema: Any) -> dict[str, Any] | None:
+    if schema is None:
+        return None
+    from pydantic import TypeAdapter
+
+    try:
+        return TypeAdapter(schema).json_schema()
+    except Exception as error:
+        raise UsageError(f"human_task(schema={schema!r}) is no type that can be filled in: {error}") from error
+
+
+def task_id(call: Call) -> str:
+    slot = call.ex.own_slot(call)
+    return "t-" + short(f"{call.ex.run_id}/{slot.id}.{slot.n + 1}", 10)
+
+
+def _wait(call: Call, facts: dict[str, Any], limit: float | None) -> Wait:
+    ex = call.ex
+    ident = task_id(call)
+    found = read(ex, ident)
+    if found is None or found["status"] == "withdrawn":
+        _refuse_endless(call)
+        found = _open(call, ident, facts, limit)
+    ex.asked_tasks.add(ident)
+    info = {
+        "kind": "task",
+        "id": ident,
+        "type": facts["type"],
+        "title": facts["title"],
+        "assign_to": facts["assign_to"],
+        "deadline": found["deadline"],
+    }
+
+    def check() -> Any:
+        document = read(ex, ident)
+        if document is None or document["status"] in ("open", "withdrawn"):
+            if document is not None and document["deadline"] is not None and ex.clock() >= document["deadline"]:
+                return expire(ex, ident)
+            return PENDING
+        return document["outcome"]
+
+    return Wait(check, info, found["deadline"])
+
+
+def read(ex: Execution, ident: str) -> dict[str, Any] | None:
+    text = ex.journal.get(f"h/{ident}")
+    return None if text is None else dict(orjson.loads(text))
+
+
+def _open(call: Call, ident: str, facts: dict[str, Any], limit: float | None) -> dict[str, Any]:
+    ex, now = call.ex, call.ex.clock()
+    document = {
+        "id": ident,
+        "run_id": ex.run_id,
+        "workflow": ex.workflow,
+        "step": call.name,
+        "status": "open",
+        "created_at": now,
+        "deadline": None if limit is None else now + limit,
+        "given": call.given,
+        "outcome": None,
+        **facts,
+    }
+    ex.journal.commit(
+        [
+            Put(f"h/{ident}", orjson.dumps(document).decode()),
+            Put(f"ht/{ex.key}/{call.ident[:NS]}/{ident}", ""),
+            Put(open_key(document), ident),
+        ],
+        fence=ex.fence,
+    )
+    if settings.notify is not None:
+        try:
+            settings.notify(task_of(document))
+        except Exception:  # a notifier that fails must not lose the task, which is open and listed
+            log.exception("configure(notify=...) failed for task %s", ident)
+    return document
+
+
+def open_key(document: dict[str, Any]) -> str:
+    return f"xt/open/{int(document['created_at'] * 1000):014d}-{document['id']}"
+
+
+def _refuse_endless(call: Call) -> None:
+    """A clock in the data would ask again after every answer: refuse, naming the field."""
+    from agentflow.compare import differences, unified
+
+    ex = call.ex
+    if ex.prior in (None, "completed", "failed") or not ex.same_code or ex.totals.ran > 0:
+        return
+    base = f"ht/{ex.key}/{call.ident[:NS]}/"
+    for key, _ in ex.journal.scan(base):
+        other = read(ex, key[len(base) :])
+        if other is None or other["id"] in ex.asked_tasks or other["status"] in ("open", "withdrawn", "expired"):
+            continue
+        if any(slot.claimed and ex.task_of_slot(slot) == other["id"] for slot in ex.records.named(call.ident[:NS])):
+            continue
+        found = differences(other["given"], call.given)
+        error = NondeterministicStep(
+            f"task {other['id']} ({call.name!r}) of {ex.run_id} is decided already, and now it is asked for with other "
+            f"data although nothing was edited:\n{unified(found)}\nTake what differs ("
+            f"{', '.join(d.path for d in found[:3])}) from a step, ctx.now() or ctx.uuid4(), so that it stays the same."
+        )
+        error.step, error.run_id = call.name, ex.run_id
+        raise error
+
+
+def expire(ex: Execution, ident: str) -> dict[str, Any]:
+    """Close a task whose deadline has passed, unless a decision came first."""
+
+    def close(txn: Any) -> dict[str, Any]:
+        document = orjson.loads(txn.get(f"h/{ident}"))
+        if document["status"] == "open":
+            document |= {"status": "expired", "outcome": {"expired": True, "deadline": document["deadline"]}}
+            txn.put(f"h/{ident}", orjson.dumps(document).decode())
+            txn.drop(open_key(document))
+        return dict(document["outcome"])
+
+    return ex.journal.guarded(close)
+
+
+def withdraw(ex: Execution) -> list[Any]:
+    """Operations that withdraw the run's open tasks which its code does not ask for any more."""
+    ops: list[Any] = []
+    for key, _ in ex.journal.scan(f"ht/{ex.key}/"):
+        ident = key.rpartition("/")[2]
+        if ident in ex.asked_tasks:
+            continue
+        document = read(ex, ident)
+        if document is not None and document["status"] == "open":
+            ops += [Put(f"h/{ident}", orjson.dumps(document | {"status": "withdrawn"}).decode()), Drop(open_key(document))]
+    return ops
+
+
+def _outcome(call: Call, outcome: dict[str, Any], schema: Any, on_timeout: Any) -> Any:
+    """What the workflow gets for a recorded outcome, the first time and on replay."""
+    if outcome.get("expired"):
+        if on_timeout is not UNSET:
+            return on_timeout
+        error = HumanTaskExpired(
+            f"task {call.name!r} of {call.ex.run_id} was not answered before its deadline.", moment(outcome["deadline"])
+        )
+        raise error
+    decision = decision_of(outcome)
+    if schema is None:
+        return decision
+    if not decision.approved:
+        rejected = TaskRejected(f"task {call.name!r} was rejected by {decision.by or 'somebody'}: {decision.comment or ''}")
+        rejected.decision = decision
+        raise rejected
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema).validate_python(decision.data)
+
+
+def decision_of(outcome: dict[str, Any]) -> Decision:
+    data = codec.decode(outcome["data"]) if outcome.get("data") is not None else None
+    return Decision(bool(outcome["approved"]), outcome.get("by"), moment(outcome.get("at")), outcome.get("comment"), data)
+
+
+def task_of(document: dict[str, Any]) -> HumanTask:
+    """The task as people see it."""
+    outcome = document["outcome"]
+    return HumanTask(
+        id=document["id"],
+        run_id=document["run_id"],
+        workflow=document["workflow"],
+        type=document["type"],
+        assign_to=document["assign_to"],
+        status=document["status"],
+        data=codec.decode(document["data"]),
+        title=document["title"],
+        created_at=moment(document["created_at"]),
+        deadline=moment(document["deadline"]),
+        schema=document["schema"],
+        decision=decision_of(outcome) if outcome and not outcome.get("expired") else None,
+        extra={"step": document["step"], "digest": document["digest"]},
+    )
+
+
+def ask_in_doubt(call: Call) -> Wait:
+    """The task of ``in_doubt="ask"``: did it happen, and with what result?"""
+    ex = call.ex
+    facts = {
+        "type": "in_doubt",
+        "assign_to": None,
+        "title": f"Did {call.name} happen? Approve with its result as data, or reject to run it again.",
+        "schema": None,
+        "data": codec.encode({"step": call.name, "run_id": ex.run_id, "idempotency_key": ex.key_of(call, 0)}),
+        "digest": call.digest,
+    }
+    wait = _wait(call, facts, None)
+    inner = wait.check
+
+    def check() -> Any:
+        outcome = inner()
+        return outcome if outcome is PENDING else decision_of(outcome)
+
+    wait.check = check
+    return wait
+
+
+def record_answer(
+    document: dict[str, Any], approved: bool, by: str | None, at: float, comment: str | None, data: Any
+) -> dict[str, Any]:
+    """The document of a task after an answer. Raises if the data cannot be recorded or does not fit the schema."""
+    if document["schema"] is not None and approved:
+        if data is UNSET:
+            raise UsageError(
+                f"task {document['id']} asks for data: tasks.answer({document['id']!r}, {{...}}, by=...). Its form: "
+                f"{', '.join(document['schema'].get('properties', {})) or document['schema'].get('type', 'any')}"
+            )
+        _check_form(document, data)
+    try:
+        text = None if data is UNSET or data is None else codec.encode(data, where="data")
+    except NotRecordable as error:
+        raise UsageError(f"The answer cannot be recorded: {error}") from error
+    status = "rejected" if not approved else ("approved" if data is UNSET or data is None else "answered")
+    outcome = {"approved": approved, "by": by, "at": at, "comment": comment, "data": text}
+    return document | {"status": status, "outcome": outcome}
+
+
+def _check_form(document: dict[str, Any], data: Any) -> None:
+    """Refuse data that the recorded JSON schema refuses, where it is given."""
+    form = document["schema"]
+    plain = orjson.loads(orjson.dumps(data, default=str))
+    missing = [name for name in form.get("required", ()) if not isinstance(plain, dict) or name not in plain]
+    if missing:
+        raise UsageError(f"task {document['id']}: the answer lacks {', '.join(missing)}.")
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "string": (lambda v: isinstance(v, str), "text"),
+        "integer": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+        "number": (lambda v: isinstance(v, int | float) and not isinstance(v, bool), "a number"),
+        "boolean": (lambda v: isinstance(v, bool), "true or false"),
+        "array": (lambda v: isinstance(v, list), "a list"),
+        "object": (lambda v: isinstance(v, dict), "an object"),
+    }
+    for name, field in form.get("properties", {}).items():
+        kind = kinds.get(field.get("type", ""))
+        if isinstance(plain, dict) and name in plain and kind is not None and not kind[0](plain[name]):
+            raise UsageError(f"task {document['id']}: {name}={plain[name]!r} has to be {kind[1]}.")
+
+

@@ -1,0 +1,206 @@
+"""The step records of one run, found by what a step was given and never by position.
+
+A record's key is ``s/<run>/<ns><given>/<branch><predecessor>-<ordinal>.<n>``:
+
+- *ns*: scope and name; *given*: digest of what the function was given; both together are the ``ident``;
+- *branch*, *predecessor*, *ordinal*: the ``place``, which only tells exact repeats of one ident apart;
+- *n*: the version: later versions stand beside earlier ones, nothing is overwritten.
+
+``<key>!void`` marks a version as undone by its compensation, ``<key>!drop`` as dropped by ``rerun=``.
+A ``Slot`` is one (ident, place) with its versions; a program that asks for a step *claims* a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+from urllib.parse import quote
+
+import orjson
+
+from agentflow.journal import Add, Journal
+
+NS, GIVEN, BRANCH, PRED = 10, 20, 6, 10
+
+
+def short(text: str, length: int) -> str:
+    """The first characters of a digest that is safe in keys."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()[:length]
+
+
+def in_key(text: str) -> str:
+    """Text as one component of a key."""
+    return quote(text, safe=" :@+,=~.-_")
+
+
+class Row:
+    """One stored record: a small head, the output's JSON text, what was given."""
+
+    __slots__ = ("_head", "key", "text")
+
+    def __init__(self, key: str, text: str) -> None:
+        self.key = key
+        self.text = text
+        self._head: dict[str, Any] | None = None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        if self._head is None:
+            self._head = orjson.loads(self.text[: self.text.index("\n")])
+        return self._head
+
+    @property
+    def output(self) -> str:
+        start = self.text.index("\n") + 1
+        return self.text[start : self.text.index("\n", start)]
+
+    @property
+    def given(self) -> str:
+        return self.text[self.text.index("\n", self.text.index("\n") + 1) + 1 :]
+
+    @staticmethod
+    def compose(head: dict[str, Any], output: str, given: str) -> str:
+        return f"{orjson.dumps(head).decode()}\n{output}\n{given}"
+
+
+class Slot:
+    """One place of one ident. ``n`` is the newest version; -1 while there is none."""
+
+    __slots__ = ("claimed", "gone", "ident", "n", "place", "rowid")
+
+    def __init__(self, ident: str, place: str, n: int = -1, rowid: int = 0) -> None:
+        self.ident = ident
+        self.place = place
+        self.n = n
+        self.rowid = rowid
+        self.claimed: bool | str = False
+        self.gone: dict[int, str] | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.ident}/{self.place}"
+
+    @property
+    def branch(self) -> str:
+        return self.place[:BRANCH]
+
+    def versions(self) -> Iterator[int]:
+        """Versions that count, newest first."""
+        for n in range(self.n, -1, -1):
+            if self.gone is None or n not in self.gone:
+                yield n
+
+    def voids(self) -> int:
+        """How many versions a compensation has undone."""
+        return 0 if self.gone is None else sum(1 for why in self.gone.values() if why == "void")
+
+
+class Records:
+    """All slots of a run. Keys are held in memory, rows are read in windows and let go."""
+
+    WINDOW = 200
+
+    def __init__(self, journal: Journal, run_id: str) -> None:
+        self.journal = journal
+        self.run_id = run_id
+        self.prefix = f"s/{in_key(run_id)}/"
+        self._by_ident: dict[str, Slot | dict[str, Slot]] = {}
+        self._by_ns: dict[str, list[Slot]] = {}
+        self._window: dict[str, str] = {}
+        self._used = self._reads = 0
+
+    def load(self, under: str = "") -> None:
+        """Read the keys below ``under`` (an ns, or an ident); all of the run by default."""
+        for key, rowid in self.journal.keys(self.prefix + under):
+            self._enter(key, rowid)
+
+    def _enter(self, key: str, rowid: int) -> None:
+        ident, _, rest = key[len(self.prefix) :].partition("/")
+        place, _, version = rest.rpartition(".")
+        version, _, gone = version.partition("!")
+        slot = self.at(ident, place)
+        if slot is None:
+            slot = self.add(Slot(ident, place))
+        number = int(version)
+        if gone:
+            if slot.gone is None:
+                slot.gone = {}
+            slot.gone[number] = gone
+        else:
+            slot.n = max(slot.n, number)
+            slot.rowid = rowid
+
+    def add(self, slot: Slot) -> Slot:
+        known = self._by_ident.get(slot.ident)
+        if known is None:
+            self._by_ident[slot.ident] = slot
+        elif isinstance(known, dict):
+            known[slot.place] = slot
+        else:
+            self._by_ident[slot.ident] = {known.place: known, slot.place: slot}
+        self._by_ns.setdefault(slot.ident[:NS], []).append(slot)
+        return slot
+
+    def slots(self, ident: str) -> list[Slot]:
+        """All places of an ident, oldest record first."""
+        known = self._by_ident.get(ident)
+        if known is None:
+            return []
+        return sorted(known.values(), key=lambda slot: slot.rowid) if isinstance(known, dict) else [known]
+
+    def at(self, ident: str, place: str) -> Slot | None:
+        known = self._by_ident.get(ident)
+        if known is None:
+            return None
+        if isinstance(known, dict):
+            return known.get(place)
+        return known if known.place == place else None
+
+    def repeated(self, ident: str) -> bool:
+        """Whether more than one place has this ident."""
+        return isinstance(self._by_ident.get(ident), dict)
+
+    def named(self, ns: str) -> list[Slot]:
+        """All slots of one name in one scope."""
+        return self._by_ns.get(ns, [])
+
+    def __iter__(self) -> Iterator[Slot]:
+        for slots in self._by_ns.values():
+            yield from slots
+
+    def key(self, slot: Slot, n: int) -> str:
+        return f"{self.prefix}{slot.ident}/{slot.place}.{n}"
+
+    def row(self, slot: Slot, n: int) -> Row:
+        """One version of a slot."""
+        key = self.key(slot, n)
+        text = self._window.pop(key, None)
+        if text is None:
+            text = self._read(key, slot.rowid if n == slot.n else 0)
+        else:
+            self._used += 1
+        return Row(key, text)
+
+    def _read(self, key: str, rowid: int) -> str:
+        # Rows are mostly asked for in the order in which they were written: one query then serves a
+        # whole window. Where that does not pay, single reads are cheaper.
+        self._reads += 1
+        if rowid and self._used * 4 >= self._reads:
+            self._window = {
+                k: v
+                for _, k, v in self.journal.rows(self.prefix, from_rowid=rowid, limit=self.WINDOW)
+                if "!" not in k
+            }
+            text = self._window.pop(key, None)
+            if text is not None:
+                return text
+        text = self.journal.get(key)
+        if text is None:
+            raise KeyError(key)
+        self._used += 1
+        return text
+
+    def record(self, slot: Slot, text: str) -> Add:
+        """The operation that adds the next version of a slot."""
+        return Add(f"{self.prefix}{slot.ident}/{slot.place}.{slot.n + 1}", text)

@@ -1,0 +1,249 @@
+"""What a journal's directory must look like: every check that open() makes, and its error.
+
+``journal.json`` beside the database names the store and carries a lower bound of its committed
+transactions: written after each fsynced commit, itself never synced, so it can lag behind but never be
+ahead of what is durable. A database with fewer commits than that has lost some: its ``-wal`` was not
+copied along, or an older copy was put back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentflow.errors import JournalError, JournalForeign, JournalIncomplete, JournalReadOnly, JournalVersionError
+from agentflow.store import DB_NAME
+
+LAYOUT_VERSION = 1
+DIGEST_VERSION = 1
+SIBLING = "journal.json"
+# diskcache stores them in the file, where any opener can change them: checked at every open.
+SETTINGS: dict[str, object] = {
+    "cull_limit": 0,
+    "disk_agentflow_layout": LAYOUT_VERSION,
+    "disk_min_file_size": 2**62,
+    "eviction_policy": "none",
+    "size_limit": 2**62,
+    "sqlite_journal_mode": "wal",
+    "sqlite_synchronous": 2,
+    "statistics": 0,
+    "tag_index": 0,
+}
+_NETWORK = {
+    *("9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fuse.davfs2", "fuse.gcsfuse", "fuse.glusterfs"),
+    *("fuse.rclone", "fuse.s3fs", "fuse.sshfs", "fuse.sshfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
+    *("prl_fs", "smb3", "smbfs", "vboxsf", "vmhgfs"),
+}
+_OWN = (SIBLING, ".gitignore", ".DS_Store", "started")
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """``journal.json``: the store it belongs to, and how many commits that store has at least."""
+
+    store: str
+    commits: int
+    offset: int  # of the 20 digits of ``commits`` in the file
+
+
+def read_sibling(folder: Path) -> Sibling | None:
+    """The checked contents of ``journal.json``; None when there is no such file."""
+    try:
+        text = (folder / SIBLING).read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise JournalReadOnly(f"{folder}: {SIBLING} cannot be read ({error.strerror}).") from error
+    except (OSError, ValueError) as error:
+        raise JournalIncomplete(_damaged(folder)) from error
+    try:
+        data = json.loads(text)
+        layout, digest = data["layout"], data["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise JournalIncomplete(_damaged(folder)) from error
+    check_versions(folder, layout, digest)
+    try:
+        return Sibling(str(data["store"]), int(data["commits"]), text.index('"commits":"') + 11)
+    except (ValueError, KeyError) as error:
+        raise JournalIncomplete(_damaged(folder)) from error
+
+
+def _damaged(folder: Path) -> str:
+    return (
+        f"{folder}: {SIBLING} is damaged, so nothing tells whether records are missing. Restore the whole directory "
+        "from a backup, or move it away to begin an empty journal."
+    )
+
+
+def check_versions(folder: Path, layout: object, digest: object) -> None:
+    """Refuse what another version of agentflow wrote."""
+    for what, found, known in (("layout", layout, LAYOUT_VERSION), ("digest", digest, DIGEST_VERSION)):
+        if str(found) != str(known):
+            raise JournalVersionError(
+                f"{folder}: written with {what} version {found}; this agentflow knows {known}. Use the agentflow that "
+                "wrote it, or set AGENTFLOW_PATH to another directory. Nothing was changed."
+            )
+
+
+def write_sibling(folder: Path, store: str, commits: int) -> None:
+    """Create ``journal.json``, whole or not at all."""
+    temporary = folder / f"new-{os.getpid()}-{SIBLING}"
+    text = f'{{"layout":{LAYOUT_VERSION},"digest":{DIGEST_VERSION},"store":"{store}","commits":"{commits:020d}"}}\n'
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, folder / SIBLING)
+
+
+def check_new(folder: Path) -> None:
+    """Refuse to begin a journal among files that are not ours."""
+    strange = sorted(
+        name for name in os.listdir(folder) if name not in _OWN and not name.startswith(("new-", "spill-", DB_NAME))
+    )
+    if not strange and (folder / DB_NAME).exists() and not _is_ours(folder / DB_NAME):
+        strange = [DB_NAME]
+    if strange:
+        shown = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
+        raise JournalForeign(
+            f"{folder} holds something else than an agentflow journal ({shown}). Set AGENTFLOW_PATH to an empty or new "
+            "directory. Nothing was changed."
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    if path.stat().st_size == 0:
+        return False
+    con = sqlite3.connect(path, isolation_level=None)
+    try:
+        return con.execute("SELECT 1 FROM sqlite_master WHERE name = 'Agentflow'").fetchone() is not None
+    except sqlite3.Error:
+        return False
+    finally:
+        con.close()
+
+
+def check_store(folder: Path, con: sqlite3.Connection, sibling: Sibling) -> str:
+    """Compare database and sibling. Returns the names of settings somebody changed, comma-separated."""
+    try:
+        own = dict(con.execute("SELECT key, value FROM Agentflow").fetchall())
+        settings = dict(con.execute("SELECT key, value FROM Settings").fetchall())
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise
+        raise JournalIncomplete(
+            _incomplete(folder, f"{DB_NAME} is empty or not the one {SIBLING} belongs to")
+        ) from error
+    check_versions(folder, own.get("layout"), own.get("digest"))
+    if own.get("store") != sibling.store:
+        raise JournalIncomplete(_incomplete(folder, f"{SIBLING} and {DB_NAME} belong to different journals"))
+    if int(own["commits"]) < sibling.commits:
+        missing = sibling.commits - int(own["commits"])
+        raise JournalIncomplete(
+            _incomplete(
+                folder,
+                f"at least {missing} committed transactions are missing from {DB_NAME} (was it copied without "
+                f"{DB_NAME}-wal?)",
+            )
+        )
+    return ", ".join(name for name, value in SETTINGS.items() if settings.get(name) != value)
+
+
+def _incomplete(folder: Path, what: str) -> str:
+    return (
+        f"{folder}: {what}. Running on could pay again for what is lost. Copy or restore the whole directory "
+        "(`agentflow journal backup` makes a complete copy), or move it away to begin an empty journal."
+    )
+
+
+def missing_store(folder: Path) -> JournalIncomplete:
+    """The error for a sibling without its database."""
+    return JournalIncomplete(_incomplete(folder, f"{DB_NAME} is missing or empty"))
+
+
+def lost_sibling(folder: Path) -> JournalIncomplete:
+    """The error for a database with records and no sibling."""
+    return JournalIncomplete(_incomplete(folder, f"{SIBLING} is missing, so nothing tells whether records are too"))
+
+
+def check_place(folder: Path, mounts: str | None = None) -> None:
+    """Refuse network file systems and folders that a sync service rewrites behind SQLite's back.
+
+    Args:
+        folder: an absolute path; it need not exist.
+        mounts: text like /proc/mounts; None reads the system's own where there is one.
+    """
+    synced = _synced(folder)
+    if synced:
+        raise JournalError(
+            f"{folder} lies in a folder that {synced} synchronises, which corrupts databases in use. Set "
+            "AGENTFLOW_PATH to a local directory that is not synchronised."
+        )
+    kind = _mount_kind(str(folder), mounts)
+    if kind in _NETWORK:
+        raise JournalError(
+            f"{folder} is on a network file system ({kind}), where file locks cannot be relied on. Set "
+            "AGENTFLOW_PATH to a directory on a local disk."
+        )
+
+
+def _synced(folder: Path) -> str | None:
+    for part in folder.parts:
+        low = part.lower()
+        if low == "dropbox" or low.startswith(("dropbox (", "dropbox-")):
+            return "Dropbox"
+        if low == "onedrive" or low.startswith(("onedrive -", "onedrive-")):
+            return "OneDrive"
+        if low in ("mobile documents", "icloud drive", "iclouddrive", "com~apple~clouddocs"):
+            return "iCloud"
+        if low in ("google drive", "googledrive", "my drive") or low.startswith("googledrive-"):
+            return "Google Drive"
+    return None
+
+
+def _mount_kind(folder: str, mounts: str | None) -> str:
+    if mounts is None:
+        try:
+            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as file:
+                mounts = file.read()
+        except OSError:
+            return ""
+    best, kind = -1, ""
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        point = fields[1]
+        if "\\" in point:
+            point = point.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+        point = point.rstrip("/")
+        # The last mount on a point hides earlier ones, hence >=.
+        if len(point) >= best and (folder == point or folder.startswith(point + "/")):
+            best, kind = len(point), fields[2]
+    return kind
+
+
+def default_path() -> Path:
+    """Where the journal is when nothing says otherwise.
+
+    ``AGENTFLOW_PATH``; else ``.agentflow`` at the project root: the nearest directory with a
+    pyproject.toml or .git among the main script's ancestors, else among the working directory's.
+    Without such a directory it is beside the script, or in the working directory.
+    """
+    named = os.environ.get("AGENTFLOW_PATH")
+    if named:
+        return Path(os.path.abspath(os.path.expanduser(named)))
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    beside = Path(os.path.abspath(script)).parent if script else None
+    here = Path.cwd()
+    for start in (beside, here):
+        for folder in (start, *start.parents) if start is not None else ():
+            if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+                return folder / ".agentflow"
+    return (beside or here) / ".agentflow"

@@ -1,0 +1,336 @@
+"""Who owns a run: leases with fencing tokens, kept alive by one thread, taken over when their owner is gone.
+
+A lease is one row. Taking it raises its token; every commit of the owner carries the token (``Lease.fence``)
+and is refused once somebody else has raised it. So an owner that was paused past its lease, taken over and
+woken again can commit nothing more, whatever it believes. Expiry alone takes nothing away: an owner that was
+merely slow goes on as long as nobody took over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+from agentflow.durations import words
+from agentflow.errors import LeaseLost, RunBusy
+from agentflow.journal import Fence, Journal, Op, Txn
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that holds, or last held, a lease.
+
+    Attributes:
+        token: raised by every acquisition; the current one is in force.
+        pid, start: the process and when it started (clock ticks since boot, or epoch seconds; only compared).
+        host, boot: the machine, and which of its boots and process namespaces.
+        owner: an id of the process, made up when it took its first lease.
+        since, expires: epoch seconds.
+        released: given back; nobody holds it.
+    """
+
+    token: int
+    pid: int
+    start: str
+    host: str
+    boot: str
+    owner: str
+    since: float
+    expires: float
+    released: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For people and JSON: pid, host, since (aware UTC datetime), and the rest."""
+        since = datetime.fromtimestamp(self.since, UTC)
+        return {"pid": self.pid, "host": self.host, "since": since, "token": self.token, "expires": self.expires}
+
+
+def _dump(owner: Owner) -> str:
+    # The token comes first: Txn.check reads no further.
+    data = {name: getattr(owner, name) for name in Owner.__slots__}
+    return json.dumps(data, separators=(",", ":"))
+
+
+def _load(text: str | None) -> Owner | None:
+    if text is None:
+        return None
+    data = json.loads(text)
+    return Owner(**{name: data[name] for name in Owner.__slots__ if name in data})
+
+
+def lease_seconds() -> float:
+    """How long a lease lasts without a sign of life: ``AGENTFLOW_LEASE_SECONDS``, default 30."""
+    return float(os.environ.get("AGENTFLOW_LEASE_SECONDS") or 30)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+@cache
+def _boot() -> str:
+    """This boot of this machine, and the namespace in which its process ids mean something."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        pass
+    try:
+        import psutil
+    except ImportError:
+        return ""
+    return f"{psutil.boot_time():.0f}"
+
+
+def _start_of(pid: int) -> str | None:
+    """When the process started; None when there is none, or only what is left of one (a zombie)."""
+    if sys.platform == "linux":
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                # The name in parentheses may hold anything, so count from the last one.
+                fields = file.read().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if fields[0] in (b"Z", b"X", b"x") else fields[19].decode()
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return None
+
+
+@cache
+def _myself() -> tuple[int, str, str, str, str]:
+    pid = os.getpid()
+    return pid, _start_of(pid) or "", socket.gethostname(), _boot(), os.urandom(16).hex()
+
+
+def alive(owner: Owner, *, now: float | None = None) -> bool:
+    """Whether the lease is held: not released, not run out, and its process not known to be gone.
+
+    Args:
+        owner: what ``holder`` returned.
+        now: epoch seconds; None asks the clock.
+    """
+    if owner.released or (time.time() if now is None else now) >= owner.expires:
+        return False
+    _, _, host, boot, _ = _myself()
+    if owner.host != host or owner.boot != boot:
+        return True  # nothing can be known about it before its lease has run out
+    return _start_of(owner.pid) == owner.start
+
+
+def holder(journal: Journal, key: str) -> Owner | None:
+    """Who holds the lease, or held it last; None when nobody ever did. Ask ``alive`` which it is."""
+    return _load(journal.get(key))
+
+
+# -- leases ----------------------------------------------------------------------------------------
+
+
+class Lease:
+    """A lease that this process holds. Made by ``acquire``.
+
+    Attributes:
+        key: the lease's row.
+        token: its fencing token, higher than all before it.
+        lost: True once it is known that another process took over.
+    """
+
+    __slots__ = ("_journal", "_row", "key", "lost", "token")
+
+    def __init__(self, journal: Journal, key: str, row: Owner) -> None:
+        self._journal = journal
+        self._row = row
+        self.key = key
+        self.token = row.token
+        self.lost = False
+
+    @property
+    def fence(self) -> Fence:
+        """To hand to commits: they are refused once the lease is lost."""
+        return Fence(self.key, self.token)
+
+    def release(self, ops: Sequence[Op] = ()) -> None:
+        """Give the lease back and commit ``ops`` in the same transaction.
+
+        Raises:
+            LeaseLost: another process took over and there were ops; nothing was committed.
+        """
+        try:
+            self._journal.guarded(lambda txn: self._give_back(txn, ops))
+        finally:
+            _heart(self._journal).forget(self)
+
+    async def arelease(self, ops: Sequence[Op] = ()) -> None:
+        """``release`` for coroutines."""
+        try:
+            await self._journal.aguarded(lambda txn: self._give_back(txn, ops))
+        finally:
+            _heart(self._journal).forget(self)
+
+    def _give_back(self, txn: Txn, ops: Sequence[Op]) -> None:
+        try:
+            txn.check(self.fence)
+        except LeaseLost:
+            self.lost = True
+            if ops:
+                raise
+            return
+        txn.apply(ops)
+        row = self._row
+        values = {name: getattr(row, name) for name in Owner.__slots__}
+        txn.put(self.key, _dump(Owner(**{**values, "released": True})))
+
+    def _renew(self, txn: Txn, expires: float) -> bool:
+        try:
+            txn.check(self.fence)
+        except LeaseLost:
+            return False
+        values = {name: getattr(self._row, name) for name in Owner.__slots__}
+        txn.put(self.key, _dump(Owner(**{**values, "expires": expires})))
+        return True
+
+
+def acquire(journal: Journal, key: str, *, ops: Sequence[Op] = (), what: str, run_id: str = "") -> Lease:
+    """Take a lease and commit ``ops`` in the same transaction. Returns when both are fsynced.
+
+    A lease is free when it was released, when its process on this machine is gone, or when it has run out.
+
+    Args:
+        journal: where the lease is kept.
+        key: its row, such as ``"lease/<run>"``.
+        ops: committed together with the acquisition, or not at all.
+        what: what is being taken, for the error ("run process-order-3f9a").
+        run_id: for the error's attribute.
+
+    Raises:
+        RunBusy: somebody holds it; the message says who and how to stop it.
+    """
+    lease = journal.guarded(lambda txn: _take(journal, txn, key, ops, what, run_id))
+    _heart(journal).keep(lease)
+    return lease
+
+
+async def aacquire(journal: Journal, key: str, *, ops: Sequence[Op] = (), what: str, run_id: str = "") -> Lease:
+    """``acquire`` for coroutines."""
+    lease = await journal.aguarded(lambda txn: _take(journal, txn, key, ops, what, run_id))
+    _heart(journal).keep(lease)
+    return lease
+
+
+def _take(journal: Journal, txn: Txn, key: str, ops: Sequence[Op], what: str, run_id: str) -> Lease:
+    before = _load(txn.get(key))
+    if before is not None and alive(before):
+        raise RunBusy(_busy(before, what), run_id, before.as_dict())
+    now = time.time()
+    token = 1 if before is None else before.token + 1
+    row = Owner(token, *_myself(), since=now, expires=now + lease_seconds())
+    txn.put(key, _dump(row))
+    txn.apply(ops)
+    return Lease(journal, key, row)
+
+
+def _busy(owner: Owner, what: str) -> str:
+    pid, _, host, boot, me = _myself()
+    age = words(max(0.0, time.time() - owner.since))
+    since = f"{datetime.fromtimestamp(owner.since).astimezone():%Y-%m-%d %H:%M:%S} ({age} ago)"
+    if owner.owner == me:
+        return (
+            f"{what} is already running in this process ({pid}), since {since}. Await that one, or give it another "
+            'run_id; busy="wait" waits for it.'
+        )
+    left = words(max(0.0, owner.expires - time.time()))
+    if owner.host == host and owner.boot == boot:
+        return (
+            f"{what} is running in process {owner.pid} on this machine ({host}), since {since}. "
+            f'Stop it with `kill {owner.pid}`, or wait for it with busy="wait".'
+        )
+    return (
+        f"{what} is running in process {owner.pid} on {owner.host}, since {since}. Stop it there with "
+        f'`kill {owner.pid}`, or wait for it with busy="wait"; without a sign of life it can be taken over in {left}.'
+    )
+
+
+# -- staying alive ---------------------------------------------------------------------------------
+
+
+class _Heart:
+    """Renews all leases of one journal in one commit, each third of a lease; stops when there are none."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._held: dict[tuple[str, int], Lease] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def keep(self, lease: Lease) -> None:
+        with self._lock:
+            self._held[lease.key, lease.token] = lease
+            if self._thread is None:
+                # Starting it costs less than a commit; it first wakes after a third of a lease, and outlives short
+                # leases till then, so that taking many of them starts one thread.
+                self._thread = threading.Thread(target=self._beat, name="agentflow-heartbeat", daemon=True)
+                self._thread.start()
+
+    def forget(self, lease: Lease) -> None:
+        with self._lock:
+            self._held.pop((lease.key, lease.token), None)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(lease_seconds() / 3)
+            with self._lock:
+                if not self._held or self._journal.closed:
+                    self._thread = None
+                    return
+                held = list(self._held.values())
+            self.renew(held)
+
+    def renew(self, held: Sequence[Lease]) -> None:
+        """One sign of life for these leases; those that were taken over are marked lost and let go."""
+        expires = time.time() + lease_seconds()
+        try:
+            kept = self._journal.guarded(lambda txn: [lease._renew(txn, expires) for lease in held])
+        except Exception:
+            # A full disk or a held lock: the next beat tries again, and fences decide in the meantime.
+            return
+        for lease, is_kept in zip(held, kept, strict=True):
+            if not is_kept:
+                lease.lost = True
+                self.forget(lease)
+
+
+_hearts: weakref.WeakKeyDictionary[Journal, _Heart] = weakref.WeakKeyDictionary()
+_hearts_lock = threading.Lock()
+
+
+def _heart(journal: Journal) -> _Heart:
+    heart = _hearts.get(journal)
+    if heart is None:
+        with _hearts_lock:
+            heart = _hearts.setdefault(journal, _Heart(journal))
+    return heart
+
+
+def _after_fork() -> None:
+    # The child owns none of its parent's leases and has none of its threads.
+    global _hearts_lock
+    _hearts_lock = threading.Lock()
+    _hearts.clear()
+    _myself.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

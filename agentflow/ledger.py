@@ -1,0 +1,93 @@
+"""What a call cost, in dollars; unknown is None and never zero."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+from agentflow.errors import UsageError
+from agentflow.models import Usage
+
+_MILLION = Decimal(1_000_000)
+_PRICES: dict[str, dict[str, Decimal]] = {}
+
+
+def set_price(
+    model: str, input: float | str | Decimal, output: float | str | Decimal, cached: float | str | Decimal | None = None
+) -> None:
+    """Sets the price of a model by name; it wins over the built-in tables.
+
+    Args:
+        model: the name, without a provider in front.
+        input: dollars per million input tokens.
+        output: dollars per million output tokens.
+        cached: dollars per million input tokens read from the cache; None charges them as ``input``.
+
+    Raises:
+        UsageError: a price is negative or not a number.
+    """
+    rates = {"input": input, "output": output, "cached": input if cached is None else cached}
+    _PRICES[model.rpartition(":")[2]] = {what: _rate(model, what, rate) for what, rate in rates.items()}
+
+
+def price(
+    provider: str, model: str, usage: Usage, *, asked: str | None = None
+) -> tuple[Decimal | None, dict[str, Any]]:
+    """Dollars for ``usage``, and the rates they come from.
+
+    Args:
+        provider: ``openai``, ``openai-chat`` or ``anthropic``.
+        model: the model that answered, as the provider names it.
+        usage: what it used.
+        asked: the model that was asked for, tried when ``model`` has no known price.
+
+    Returns:
+        The cost, None where no price is known, and the facts to keep beside the call: ``source`` and
+        dollars per million tokens as text. The facts of an unknown price are empty.
+    """
+    names = [name for name in dict.fromkeys((model, asked)) if name]
+    for name in names:
+        if name in _PRICES:
+            return _own(_PRICES[name], usage)
+    for name in names:
+        found = _published(provider, name, usage)
+        if found is not None:
+            return found
+    return None, {}
+
+
+def _rate(model: str, what: str, value: float | str | Decimal) -> Decimal:
+    try:
+        rate = Decimal(str(value))
+    except ArithmeticError:
+        rate = Decimal(-1)
+    if not rate.is_finite() or rate < 0:
+        raise UsageError(f"set_price({model!r}): {what}={value!r} is not a price. Write dollars per million tokens.")
+    return rate
+
+
+def _own(rates: dict[str, Decimal], usage: Usage) -> tuple[Decimal, dict[str, Any]]:
+    fresh = usage.input_tokens - usage.cached_tokens
+    total = fresh * rates["input"] + usage.cached_tokens * rates["cached"] + usage.output_tokens * rates["output"]
+    return total / _MILLION, {"source": "set_price", "per_million": {what: str(rate) for what, rate in rates.items()}}
+
+
+def _published(provider: str, model: str, usage: Usage) -> tuple[Decimal, dict[str, Any]] | None:
+    import genai_prices  # 0.2 s: only when a live call is to be priced
+
+    counts = genai_prices.Usage(
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cache_read_tokens=usage.cached_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+    )
+    try:
+        found = genai_prices.calc_price(counts, model, provider_id=provider.removesuffix("-chat"))
+    except (LookupError, ValueError):
+        return None
+    rates = {}
+    for what in ("input", "output", "cache_read", "cache_write"):
+        rate = getattr(found.model_price, f"{what}_mtok", None)
+        if rate is not None:
+            rates["cached" if what == "cache_read" else what] = str(getattr(rate, "base", rate))
+    return found.total_price, {"source": "genai-prices", "model": found.model.id, "per_million": rates}

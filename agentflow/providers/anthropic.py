@@ -1,0 +1,141 @@
+"""Anthropic Messages: request out, reply in. https://platform.claude.com/docs/en/api/messages"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentflow.errors import UsageError
+from agentflow.models import Raw, Usage
+from agentflow.providers.common import (
+    DEFAULT_TIMEOUT,
+    Ask,
+    Parts,
+    client,
+    count,
+    post,
+    refuse_foreign,
+    reported_failure,
+)
+
+NAME = "anthropic"
+SURFACE = "messages"
+DEFAULT_MAX_TOKENS = 16_000  # the API demands a number; a reply that hits it raises Truncated
+_FINISH = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+}
+
+
+def body(ask: Ask) -> dict[str, Any]:
+    """The JSON body of one Messages call, exactly as it is sent."""
+    if ask.temperature is not None:
+        raise UsageError(
+            "temperature= is no parameter of Anthropic's Messages API any more. "
+            'Leave it out, or for a model that still takes it write extra={"temperature": ...}.'
+        )
+    refuse_foreign(NAME, ask.messages, _own)
+    made: dict[str, Any] = {
+        "model": ask.model,
+        "max_tokens": DEFAULT_MAX_TOKENS if ask.max_tokens is None else ask.max_tokens,
+        "messages": ask.messages,
+    }
+    if ask.system is not None:
+        made["system"] = ask.system
+    config: dict[str, Any] = {}
+    if isinstance(ask.reasoning, str):
+        config["effort"] = ask.reasoning
+    elif ask.reasoning is not None:
+        made["thinking"] = ask.reasoning
+    if ask.output is not None:
+        config["format"] = {"type": "json_schema", "schema": ask.output.plain}
+    if config:
+        made["output_config"] = config
+    return made
+
+
+def _own(message: dict[str, Any]) -> bool:
+    return message.get("role") in ("user", "assistant", "system") and "type" not in message
+
+
+def messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation a body holds, its system message first."""
+    system = [{"role": "system", "content": body["system"]}] if "system" in body else []
+    return [*system, *body["messages"]]
+
+
+def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body that goes on with the conversation."""
+    return {**body, "messages": [*body["messages"], *added]}
+
+
+async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+    """One POST. ``timeout``: seconds; None allows ten minutes, more for a large ``max_tokens``."""
+    sdk = await client(NAME, make_client)
+    # The SDK refuses a large max_tokens without a timeout of one's own, for it would take too long.
+    allowed = timeout or max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
+
+    async def call() -> Any:
+        return await sdk.messages.with_raw_response.create(
+            model=body["model"],
+            max_tokens=body["max_tokens"],
+            messages=body["messages"],
+            extra_body=body,
+            timeout=allowed,
+        )
+
+    return await post(NAME, call, read, body, timeout)
+
+
+def make_client(transport: Any) -> Any:
+    """An SDK client that never repeats a POST by itself."""
+    import os
+
+    import anthropic
+
+    settings: dict[str, Any] = {"max_retries": 0}
+    if transport is not None:
+        import httpx2
+
+        settings["http_client"] = httpx2.AsyncClient(transport=transport)
+        settings["api_key"] = os.environ.get("ANTHROPIC_API_KEY") or "none-needed"
+    missing = "Anthropic cannot be asked: set ANTHROPIC_API_KEY in the environment. Nothing was sent."
+    try:
+        made = anthropic.AsyncAnthropic(**settings)
+    except anthropic.AnthropicError as exc:
+        raise UsageError(f"{missing} ({exc})") from exc
+    if made.api_key is None and made.auth_token is None and made.credentials is None:
+        raise UsageError(missing)
+    return made
+
+
+def read(body: dict[str, Any]) -> Parts:
+    """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
+    blocks = [block for block in body.get("content") or [] if isinstance(block, dict)]
+    text = "".join(str(block.get("text") or "") for block in blocks if block.get("type") == "text")
+    stop = str(body.get("stop_reason") or "")
+    refused = stop == "refusal"
+    why = (body.get("stop_details") or {}).get("explanation")
+    usage = body.get("usage")
+    cached, written = count(usage, "cache_read_input_tokens"), count(usage, "cache_creation_input_tokens")
+    failure = reported_failure(NAME, body.get("error")) if body.get("type") == "error" else None
+    return Parts(
+        text=text,
+        refusal=str(why or text or "no reason was given") if refused else None,
+        finish_reason=_FINISH.get(stop, stop),
+        usage=Usage(
+            input_tokens=count(usage, "input_tokens") + cached + written,
+            output_tokens=count(usage, "output_tokens"),
+            cached_tokens=cached,
+            reasoning_tokens=count(usage, "output_tokens_details", "thinking_tokens"),
+            cache_write_tokens=written,
+        ),
+        model=str(body.get("model") or ""),
+        items=[{"role": "assistant", "content": blocks}] if blocks else [],
+        failure=failure,
+        standard_price=isinstance(usage, dict)
+        and usage.get("service_tier") in (None, "standard")
+        and usage.get("speed") in (None, "standard"),
+    )

@@ -1,0 +1,275 @@
+"""What the providers share: the neutral question, the parts of an answer, clients, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from agentflow import ledger
+from agentflow.errors import ModelError, UsageError
+from agentflow.models import Raw, Usage
+
+DEFAULT_TIMEOUT = 600.0
+_NEVER_RETRIED = {400, 401, 402, 403, 404, 413, 422}
+_RETRIED = {408, 409, 425, 429}
+_RETRIED_CODES = {"server_error", "rate_limit_exceeded", "overloaded_error", "api_error", "rate_limit_error", "timeout"}
+_KEY = re.compile(r"\b(sk-[A-Za-z0-9_*-]{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One question, in no provider's words. ``messages`` hold no system message; it is in ``system``."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    system: str | None = None
+    output: Any = None  # schema.Output: None asks for text
+    max_tokens: int | None = None
+    temperature: float | None = None
+    reasoning: str | dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An answer, in no provider's words.
+
+    ``items`` are the provider's own, to be sent back word for word in the next turn. ``failure`` is
+    set when the provider reports, under a status of 200, that the call failed.
+    """
+
+    text: str
+    refusal: str | None
+    finish_reason: str
+    usage: Usage
+    model: str
+    items: list[dict[str, Any]] = field(default_factory=list)
+    failure: ModelError | None = None
+    standard_price: bool = True
+
+
+_transport: Any = None
+
+
+def use_transport(transport: Any) -> Any:
+    """Sends all model calls of this process through ``transport``, below the SDKs.
+
+    Args:
+        transport: an ``httpx2.AsyncBaseTransport`` such as ``httpx2.MockTransport``; None goes back
+            to the network. With a transport in place no API key is needed.
+
+    Returns:
+        The transport that was in place before, to be put back.
+    """
+    global _transport
+    before, _transport = _transport, transport
+    return before
+
+
+def transport() -> Any:
+    """The transport that :func:`use_transport` put in place, or None."""
+    return _transport
+
+
+_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, tuple[Any, AsyncGenerator[None]]]]
+_clients = weakref.WeakKeyDictionary()
+_clients_lock = threading.Lock()
+
+
+async def client(name: str, make: Callable[[Any], Any]) -> Any:
+    """The SDK client of this event loop, made by ``make(transport)`` when there is none yet.
+
+    One client serves all calls of a loop as long as transport and environment stay the same. It is
+    closed when the loop shuts its asynchronous generators down, as ``asyncio.run`` does.
+    """
+    prefix = name.split("-")[0].upper() + "_"
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefix)))
+    key = (name, _transport, environment)
+    loop = asyncio.get_running_loop()
+    with _clients_lock:
+        known = _clients.setdefault(loop, {})
+    if key not in known:
+        made = make(_transport)
+        closer = _close_with_loop(known, key, made)
+        known[key] = (made, closer)
+        await anext(closer)
+    return known[key][0]
+
+
+async def _close_with_loop(known: dict[Any, Any], key: Any, made: Any) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        known.pop(key, None)
+        await made.close()
+
+
+def now() -> str:
+    """This moment as it is recorded."""
+    return datetime.now(UTC).isoformat()
+
+
+def digest(body: dict[str, Any]) -> str:
+    """What tells one body from another."""
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+async def post(
+    provider: str,
+    call: Callable[[], Awaitable[Any]],
+    read: Callable[[dict[str, Any]], Parts],
+    body: dict[str, Any],
+    timeout: float | None,
+) -> Raw:
+    """Makes one POST through the SDK and gives the reply as it is to be recorded.
+
+    Raises:
+        ModelError: no answer came, or one with an error status.
+    """
+    import httpx2
+
+    try:
+        async with asyncio.timeout(timeout):
+            answer = (await call()).http_response
+    except TimeoutError as exc:
+        raise ModelError(
+            f"{provider}: no answer within {timeout:g} s (timeout=); the provider may have charged for it.",
+            code="timeout",
+            retryable=True,
+        ) from exc
+    except Exception as exc:
+        error = _failed(provider, exc, httpx2)
+        if error is exc:
+            raise
+        raise error from exc
+    try:
+        content = json.loads(answer.content)
+    except ValueError:
+        content = answer.text
+    parts = read(content) if isinstance(content, dict) else None
+    usage = parts.usage if parts else Usage()
+    model = (parts.model if parts else "") or body["model"]
+    cost: Decimal | None = None
+    facts: dict[str, Any] = {}
+    if parts and parts.standard_price and (usage.input_tokens or usage.output_tokens):
+        cost, facts = ledger.price(provider, model, usage, asked=body["model"])
+    return {
+        "provider": provider,
+        "status": answer.status_code,
+        "body": content,
+        "request_id": answer.headers.get("x-request-id") or answer.headers.get("request-id"),
+        "usage": asdict(usage),
+        "cost": None if cost is None else str(cost),
+        "price": facts,
+        "model": model,
+        "at": now(),
+        "asked": digest(body),
+    }
+
+
+def _failed(provider: str, exc: Exception, httpx2: Any) -> Exception:
+    """The SDK's exception as a ModelError. What is no answer and no broken connection stays what it is."""
+    response = getattr(exc, "response", None)
+    if response is not None:
+        body = getattr(exc, "body", None)
+        return status_error(provider, response.status_code, response.headers, body, response.text)
+    cause = exc.__cause__
+    if not isinstance(cause, httpx2.HTTPError | OSError):
+        # The SDKs call everything a connection error, a bug in a transport included.
+        return cause if isinstance(cause, Exception) else exc
+    late = isinstance(cause, httpx2.TimeoutException | TimeoutError)
+    what = "no answer in time" if late else "no connection, or it broke"
+    detail = f": {cause}" if str(cause) else ""
+    return ModelError(f"{provider}: {what}{detail}", code="timeout" if late else "connection_error", retryable=True)
+
+
+def status_error(provider: str, status: int, headers: Any, body: Any, text: str = "") -> ModelError:
+    """The error for an answer with an error status: says what the provider said, and whether to retry."""
+    error = body.get("error", body) if isinstance(body, dict) else {}
+    error = error if isinstance(error, dict) else {"message": str(error)}
+    code = error.get("code") or error.get("type")
+    code = None if code is None else str(code)
+    message = str(error.get("message") or text[:500] or "no message")
+    retryable = status in _RETRIED or (status >= 500 and status not in _NEVER_RETRIED)
+    wanted = headers.get("x-should-retry")
+    if wanted in ("true", "false"):
+        retryable = wanted == "true"
+    if "insufficient_quota" in (code, error.get("type")):
+        retryable = False
+    return ModelError(
+        _KEY.sub("[key]", f"{provider}: {status} {code or ''} {message}".replace("  ", " ")),
+        status=status,
+        code=code,
+        retryable=retryable,
+        retry_after=retry_after(headers),
+        request_id=headers.get("x-request-id") or headers.get("request-id"),
+    )
+
+
+def reported_failure(provider: str, error: Any) -> ModelError:
+    """The error for a failure that the provider reported with a status of 200."""
+    error = error if isinstance(error, dict) else {}
+    code = str(error.get("code") or error.get("type") or "failed")
+    message = _KEY.sub("[key]", str(error.get("message") or "the provider reported a failure"))
+    return ModelError(f"{provider}: {code} {message}", status=200, code=code, retryable=code in _RETRIED_CODES)
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds the server asks to wait, from either spelling; None where it does not say."""
+    for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            value = float(headers.get(name, "")) / divisor
+        except ValueError:
+            continue
+        if 0 <= value < float("inf"):
+            return value
+    date = email.utils.parsedate_tz(headers.get("retry-after", ""))
+    if date is None:
+        return None
+    return max(0.0, email.utils.mktime_tz(date) - time.time())
+
+
+def count(usage: Any, *path: str) -> int:
+    """The number at ``path`` in a provider's usage, 0 where there is none."""
+    for name in path:
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if isinstance(usage, int) else 0
+
+
+def refuse_foreign(provider: str, messages: list[dict[str, Any]], own: Callable[[dict[str, Any]], bool]) -> None:
+    """Refuses messages in another provider's words, which the API would refuse less clearly.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    for index, message in enumerate(messages):
+        if not own(message):
+            raise UsageError(
+                f"prompt[{index}] is no message that {provider} takes: {str(message)[:80]}. Messages of another "
+                'provider cannot be sent on word for word; use {"role": "assistant", "content": reply.text}.'
+            )
+
+
+def holds(message: dict[str, Any], *kinds: str) -> bool:
+    """Whether the content has a part of one of these types."""
+    content = message.get("content")
+    return isinstance(content, list) and any(isinstance(part, dict) and part.get("type") in kinds for part in content)
+
+
+def effort(provider: str, reasoning: Any) -> str:
+    """``reasoning`` where only a word is possible."""
+    if not isinstance(reasoning, str):
+        raise UsageError(f'reasoning={reasoning!r}: {provider} takes a word here, such as reasoning="low".')
+    return reasoning

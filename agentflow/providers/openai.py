@@ -1,0 +1,126 @@
+"""OpenAI Responses: request out, reply in. https://platform.openai.com/docs/api-reference/responses"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentflow.errors import UsageError
+from agentflow.models import Raw, Usage
+from agentflow.providers.common import (
+    DEFAULT_TIMEOUT,
+    Ask,
+    Parts,
+    client,
+    count,
+    holds,
+    post,
+    refuse_foreign,
+    reported_failure,
+)
+
+NAME = "openai"
+SURFACE = "responses"
+PRICED_TIERS = (None, "auto", "default", "standard")
+
+
+def body(ask: Ask) -> dict[str, Any]:
+    """The JSON body of one Responses call, exactly as it is sent."""
+    refuse_foreign(NAME, ask.messages, _own)
+    made: dict[str, Any] = {"model": ask.model, "input": ask.messages}
+    if ask.system is not None:
+        made["instructions"] = ask.system
+    if ask.output is not None:
+        made["text"] = {"format": {"type": "json_schema", **ask.output.named, "strict": True}}
+    if ask.max_tokens is not None:
+        made["max_output_tokens"] = ask.max_tokens
+    if ask.temperature is not None:
+        made["temperature"] = ask.temperature
+    if ask.reasoning is not None:
+        made["reasoning"] = {"effort": ask.reasoning} if isinstance(ask.reasoning, str) else ask.reasoning
+    return made
+
+
+def _own(message: dict[str, Any]) -> bool:
+    return not holds(message, "text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+
+
+def messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation a body holds, its system message first."""
+    system = [{"role": "system", "content": body["instructions"]}] if "instructions" in body else []
+    return [*system, *body["input"]]
+
+
+def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body that goes on with the conversation."""
+    return {**body, "input": [*body["input"], *added]}
+
+
+async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+    """One POST. ``timeout``: seconds; None allows ten minutes."""
+    sdk = await client(NAME, make_client)
+
+    async def call() -> Any:
+        return await sdk.responses.with_raw_response.create(
+            model=body["model"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
+        )
+
+    return await post(NAME, call, read, body, timeout)
+
+
+def make_client(transport: Any) -> Any:
+    """An SDK client that never repeats a POST by itself."""
+    import os
+
+    import openai
+
+    settings: dict[str, Any] = {"max_retries": 0}
+    if transport is not None:
+        import httpx2
+
+        settings["http_client"] = httpx2.AsyncClient(transport=transport)
+        settings["api_key"] = os.environ.get("OPENAI_API_KEY") or "none-needed"
+    try:
+        return openai.AsyncOpenAI(**settings)
+    except openai.OpenAIError as exc:
+        raise UsageError(
+            f"OpenAI cannot be asked: set OPENAI_API_KEY in the environment. Nothing was sent. ({exc})"
+        ) from exc
+
+
+def read(body: dict[str, Any]) -> Parts:
+    """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
+    text, refusal = [], []
+    items = [item for item in body.get("output") or [] if isinstance(item, dict)]
+    for item in items:
+        for content in item.get("content") or [] if item.get("type") == "message" else []:
+            if content.get("type") == "output_text":
+                text.append(str(content.get("text") or ""))
+            elif content.get("type") == "refusal":
+                refusal.append(str(content.get("refusal") or ""))
+    status = body.get("status") or "completed"
+    reason = (body.get("incomplete_details") or {}).get("reason") or "incomplete"
+    if refusal:
+        finish = "refusal"
+    elif status == "completed":
+        finish = "tool_calls" if any(item.get("type") == "function_call" for item in items) else "stop"
+    else:
+        finish = {"max_output_tokens": "length"}.get(reason, reason) if status == "incomplete" else status
+    failure = None
+    if status in ("failed", "cancelled", "queued", "in_progress"):
+        failure = reported_failure(NAME, body.get("error") or {"code": status})
+    usage = body.get("usage")
+    return Parts(
+        text="".join(text),
+        refusal="".join(refusal) if refusal else None,
+        finish_reason=finish,
+        usage=Usage(
+            input_tokens=count(usage, "input_tokens"),
+            output_tokens=count(usage, "output_tokens"),
+            cached_tokens=count(usage, "input_tokens_details", "cached_tokens"),
+            reasoning_tokens=count(usage, "output_tokens_details", "reasoning_tokens"),
+        ),
+        model=str(body.get("model") or ""),
+        items=items,
+        failure=failure,
+        standard_price=body.get("service_tier") in PRICED_TIERS,
+    )

@@ -1,0 +1,93 @@
+"""OpenAI Chat Completions, and servers that speak it. https://platform.openai.com/docs/api-reference/chat"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentflow.models import Raw, Usage
+from agentflow.providers.common import (
+    DEFAULT_TIMEOUT,
+    Ask,
+    Parts,
+    client,
+    count,
+    effort,
+    holds,
+    post,
+    refuse_foreign,
+    reported_failure,
+)
+from agentflow.providers.openai import PRICED_TIERS, make_client
+
+NAME = "openai-chat"
+SURFACE = "chat"
+
+
+def body(ask: Ask) -> dict[str, Any]:
+    """The JSON body of one Chat Completions call, exactly as it is sent."""
+    refuse_foreign(NAME, ask.messages, _own)
+    system = [] if ask.system is None else [{"role": "system", "content": ask.system}]
+    made: dict[str, Any] = {"model": ask.model, "messages": [*system, *ask.messages]}
+    if ask.output is not None:
+        made["response_format"] = {"type": "json_schema", "json_schema": {**ask.output.named, "strict": True}}
+    if ask.max_tokens is not None:
+        made["max_completion_tokens"] = ask.max_tokens
+    if ask.temperature is not None:
+        made["temperature"] = ask.temperature
+    if ask.reasoning is not None:
+        made["reasoning_effort"] = effort(NAME, ask.reasoning)
+    return made
+
+
+def _own(message: dict[str, Any]) -> bool:
+    return "role" in message and "type" not in message and not holds(message, "thinking", "tool_use", "tool_result")
+
+
+def messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation a body holds, its system message first."""
+    return list(body["messages"])
+
+
+def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body that goes on with the conversation."""
+    return {**body, "messages": [*body["messages"], *added]}
+
+
+async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+    """One POST. ``timeout``: seconds; None allows ten minutes."""
+    sdk = await client(NAME, make_client)
+
+    async def call() -> Any:
+        return await sdk.chat.completions.with_raw_response.create(
+            model=body["model"], messages=body["messages"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
+        )
+
+    return await post(NAME, call, read, body, timeout)
+
+
+def read(body: dict[str, Any]) -> Parts:
+    """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
+    choices = body.get("choices") or []
+    choice = choices[0] if choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message") or {}
+    refusal = message.get("refusal")
+    finish = str(choice.get("finish_reason") or "")
+    usage = body.get("usage")
+    failure = None
+    if not choice:
+        failure = reported_failure(NAME, body.get("error") or {"message": "the reply holds no choices"})
+    return Parts(
+        text=str(message.get("content") or ""),
+        refusal=str(refusal) if refusal else None,
+        finish_reason="refusal" if refusal else {"function_call": "tool_calls"}.get(finish, finish),
+        usage=Usage(
+            input_tokens=count(usage, "prompt_tokens"),
+            output_tokens=count(usage, "completion_tokens"),
+            cached_tokens=count(usage, "prompt_tokens_details", "cached_tokens"),
+            reasoning_tokens=count(usage, "completion_tokens_details", "reasoning_tokens"),
+        ),
+        model=str(body.get("model") or ""),
+        items=[{name: value for name, value in message.items() if value is not None}] if message else [],
+        failure=failure,
+        standard_price=body.get("service_tier") in PRICED_TIERS,
+    )

@@ -1,0 +1,192 @@
+"""The records people see: retry policies, steps, decisions, human tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Literal
+
+from agentflow.durations import Duration, seconds
+from agentflow.errors import UsageError
+
+_BACKOFFS = ("exponential", "linear", "fixed")
+_SPELLINGS = {
+    "maxAttempts": "max_attempts",
+    "initialDelay": "initial_delay",
+    "maxDelay": "max_delay",
+    "retryIf": "retry_if",
+    "attempts": "max_attempts",
+    "max_retries": "max_attempts",
+    "retries": "max_attempts",
+    "delay": "initial_delay",
+    "backoff_factor": "factor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When and how often a failed step is tried again.
+
+    Args:
+        max_attempts: attempts in all, the first one included; at least 1.
+        backoff: how the delay grows: ``"exponential"``, ``"linear"`` or ``"fixed"``.
+        initial_delay: seconds (or a duration such as ``"2s"``) before the second attempt.
+        max_delay: no delay is longer than this, in seconds or as a duration.
+        factor: what an exponential delay is multiplied with each time.
+        jitter: draw each delay evenly between half and all of it, so that many do not come at once.
+        retry_if: called with the exception; False gives up at once. None retries every ``Exception``.
+        resample: True asks the model again in a new attempt; False reuses what an attempt had paid for.
+
+    >>> [Retry(jitter=False, initial_delay=1, max_delay=5).delay(n) for n in (1, 2, 3, 4)]
+    [1.0, 2.0, 4.0, 5.0]
+    """
+
+    max_attempts: int = 3
+    backoff: Literal["exponential", "linear", "fixed"] = "exponential"
+    initial_delay: Duration = 1.0
+    max_delay: Duration = 30.0
+    factor: float = 2
+    jitter: bool = True
+    retry_if: Callable[[BaseException], bool] | None = None
+    resample: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
+            raise UsageError(f"Retry(max_attempts={self.max_attempts!r}): at least 1, the first attempt included.")
+        if self.backoff not in _BACKOFFS:
+            raise UsageError(f"Retry(backoff={self.backoff!r}): one of {', '.join(map(repr, _BACKOFFS))}.")
+        for name in ("initial_delay", "max_delay"):
+            value = getattr(self, name)
+            number = seconds(value, what=f"Retry({name})")
+            if number is None:
+                raise UsageError(f"Retry({name}=None): give seconds or a duration.")
+            if isinstance(value, int) and number >= 1000:
+                raise UsageError(
+                    f"Retry({name}={value!r}) looks like milliseconds; delays are seconds here: "
+                    f"{name}={number / 1000:g}, or a duration such as \"{number / 1000:g}s\" or \"20m\"."
+                )
+            object.__setattr__(self, name, number)
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int | float) or not self.factor >= 1:
+            raise UsageError(f"Retry(factor={self.factor!r}): 1 or more.")
+        if self.retry_if is not None and not callable(self.retry_if):
+            raise UsageError("Retry(retry_if=...): a function of the exception that returns True to try again.")
+
+    def delay(self, failed: int, *, uniform: Callable[[float, float], float] = random.uniform) -> float:
+        """Seconds to wait after ``failed`` failed attempts."""
+        initial, longest = float(self.initial_delay), float(self.max_delay)  # type: ignore[arg-type]
+        if self.backoff == "exponential":
+            value = initial * float(self.factor) ** min(failed - 1, 512)
+        elif self.backoff == "linear":
+            value = initial * failed
+        else:
+            value = initial
+        value = min(value, longest)
+        return uniform(value / 2, value) if self.jitter else value
+
+
+ONCE = Retry(max_attempts=1)
+
+
+def retry_of(value: Retry | Mapping[str, Any] | int | None) -> Retry | None:
+    """A ``Retry`` from what a caller wrote: a Retry, a dict with its keys, or None."""
+    if value is None or isinstance(value, Retry):
+        return value
+    if not isinstance(value, Mapping):
+        raise UsageError(f"retry={value!r}: write Retry(max_attempts=3) or a dict with its keys.")
+    known = [f.name for f in fields(Retry)]
+    for key in value:
+        if key not in known:
+            right = _SPELLINGS.get(str(key))
+            hint = f'write "{right}"' if right else f"known are {', '.join(known)}"
+            raise UsageError(f"retry={{{key!r}: ...}}: there is no such key; {hint}.")
+    return Retry(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a person decided. Its truth is ``approved``.
+
+    Attributes: ``approved``; ``by`` (a claim, None when nobody was named); ``at`` (aware UTC);
+    ``comment``; ``data`` (what was filled in or changed, else None).
+    """
+
+    approved: bool
+    by: str | None = None
+    at: datetime | None = None
+    comment: str | None = None
+    data: Any = None
+
+    def __bool__(self) -> bool:
+        return self.approved
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of a run, as the journal has it.
+
+    Times are aware UTC datetimes, ``duration`` is in seconds, ``cost`` in dollars (None: unknown or
+    no model call). ``replayed`` tells whether this execution reused the record.
+    """
+
+    name: str
+    id: str
+    kind: str
+    status: str
+    started_at: datetime | None
+    completed_at: datetime | None
+    attempts: int
+    replayed: bool = False
+    idempotency_key: str | None = None
+    output: Any = None
+    error: str | None = None
+    usage: Any = None
+    cost: Decimal | None = None
+    model: str | None = None
+    parent: str | None = None
+    warnings: tuple[str, ...] = ()
+    in_doubt: int = 0
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from start to end, waiting between attempts included; None while unfinished."""
+        if self.started_at is None or self.completed_at is None:
+            return None
+        return (self.completed_at - self.started_at).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class HumanTask:
+    """A question to a person: open, or decided (approved, rejected, answered, expired, withdrawn)."""
+
+    id: str
+    run_id: str
+    workflow: str
+    type: str
+    assign_to: Any
+    status: str
+    data: Any
+    title: str | None = None
+    created_at: datetime | None = None
+    deadline: datetime | None = None
+    schema: dict[str, Any] | None = None
+    decision: Decision | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def moment(epoch: float | None) -> datetime | None:
+    """An aware UTC datetime from seconds since 1970."""
+    return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
+
+
+def money(dollars: Decimal | None) -> str:
+    """Dollars for people: four decimals below ten dollars, two above.
+
+    >>> money(Decimal("0.00213")), money(Decimal(12)), money(None)
+    ('$0.0021', '$12.00', 'unknown')
+    """
+    if dollars is None:
+        return "unknown"
+    return f"${dollars:.4f}" if abs(dollars) < 10 else f"${dollars:.2f}"

@@ -1,0 +1,566 @@
+"""One execution of a run: where its calls stand, what it replayed, ran, paid and saved.
+
+Facts and bookkeeping only. What follows from them for a step is decided in ``engine.py``; how it is
+carried out, with asyncio or without, in ``drive.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from agentflow import codec
+from agentflow.calls import Call, Current, Here, current_task, here
+from agentflow.errors import StepFailed
+from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
+from agentflow.journal import Add, Fence, Journal
+from agentflow.settings import log, settings
+
+_UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
+PROCESS_START = time.time()
+
+
+@dataclass(slots=True)
+class Attempts:
+    """What is known of a step that has no record yet."""
+
+    failed: int = 0
+    sample: int = 0
+    since: float | None = None
+    started: bool = False
+    paid: bool = False
+
+
+@dataclass(slots=True)
+class PlanStep:
+    """One line of a plan: ``state`` is reused, changed, new or waiting; ``cost`` in dollars, None when unknown."""
+
+    name: str
+    state: str
+    reason: str = ""
+    diff: str = ""
+    cost: Decimal | None = None
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts of one execution; money in dollars."""
+
+    replayed: int = 0
+    ran: int = 0
+    failed: int = 0
+    paid: Decimal = Decimal(0)
+    saved: Decimal = Decimal(0)
+    unpriced: int = 0
+    doubts: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Execution:
+    """The state of one run while this process executes it."""
+
+    journal: Journal
+    run_id: str
+    workflow: str
+    driver: Callable[[Call], Any]
+    on_change: str = "auto"
+    scratch: bool = False
+    plan: bool = False
+    fence: Fence | None = None
+    number: int = 1
+    retry_upto: int = 0
+    undoing: bool = False
+    prior: str | None = None
+    same_code: bool = False
+    input_text: str = ""
+    stay: bool = False
+    suspended: bool = False
+    closed: bool = False
+    ask: Any = None
+    session: float = field(default_factory=time.time)
+    totals: Totals = field(default_factory=Totals)
+    warnings: list[str] = field(default_factory=list)
+    plan_steps: list[PlanStep] = field(default_factory=list)
+    compensations: list[tuple[Call, Slot, Any]] = field(default_factory=list)
+    records: Records = field(init=False)
+    key: str = field(init=False)
+    marks: dict[str, int] = field(default_factory=dict)
+    tasks: dict[Any, str] = field(default_factory=dict)
+    parked: dict[Any, Any] = field(default_factory=dict)
+    stragglers: set[Any] = field(default_factory=set)
+    threads: int = 0
+    seen: dict[str, list[Slot]] = field(default_factory=dict)
+    live: set[str] = field(default_factory=set)
+    pending: set[str] = field(default_factory=set)
+    not_awaited: list[str] = field(default_factory=list)
+    undo_failed: bool = False
+    waits: list[Any] = field(default_factory=list)
+    asked_tasks: set[str] = field(default_factory=set)
+    loop: Any = None
+    watcher: Any = None
+    watch: Any = None
+    _ns: dict[tuple[str, str], str] = field(default_factory=dict)
+    _asks: dict[str, int] = field(default_factory=dict)
+    _orders: Any = field(default_factory=itertools.count)
+    _codes: set[str] = field(default_factory=set)
+    _said: set[str] = field(default_factory=set)
+    _missed: dict[str, str] = field(default_factory=dict)
+    _uuids: set[str] | None = None
+    _starts: list[tuple[str, list[int]]] | None = None
+    _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    _live_branches: set[str] = field(default_factory=set)
+    _labels: dict[str, int] = field(default_factory=dict)
+    _cell: Any = None
+    _prompts: dict[int, dict[str, str]] = field(default_factory=dict)
+    root: Here = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = in_key(self.run_id)
+        self.records = Records(self.journal, self.run_id)
+        self.root = Here(self, "", "0", "", "", None, None)
+        if self.scratch:
+            self.session = PROCESS_START
+
+    # -- where a call stands ---------------------------------------------------------------
+
+    def locate(self, call: Call, given: str) -> None:
+        """Fix ident and place of a call at the moment it is made, and claim an exact record."""
+        place = here.get()
+        if place is None or place.ex is not self:
+            place = self.root
+        task = current_task()
+        if task is not None and task is not place.task:
+            place = self._arrive(place, task)
+        call.here, call.task = place, task
+        ns = self._ns.get((place.scope, call.name))
+        if ns is None:
+            if len(self._ns) > 20_000:
+                self._ns.clear()
+            ns = ("n" if place.scope else "r") + short(f"{place.scope}\0{call.name}", NS - 1)
+            self._ns[place.scope, call.name] = ns
+        call.ident = ident = ns + given[:GIVEN]
+        if self.scratch and not place.scope:
+            call.place = f"{self._in_cell(ident):x}"
+            call.occ = f"{ident}{call.place}"
+            return
+        repeat = place.repeats.get(ident, 0)
+        place.repeats[ident] = repeat + 1
+        call.place = f"{short(place.branch, BRANCH)}{short(place.pred, PRED)}-{repeat:x}"
+        slot = self.records.at(ident, call.place)
+        if slot is not None and not slot.claimed and call.code is not None and self.records.repeated(ident):
+            slot = self._own_code(call, slot)
+        if slot is not None and not slot.claimed:
+            slot.claimed = True
+            call.slot = slot
+            ident = slot.ident
+        counted = ident if place.branch == "0" else f"{place.branch}{ident}"
+        count = self._asks.get(counted, 0)
+        self._asks[counted] = count + 1
+        call.occ = blake2b(f"{counted}#{count}".encode(), digest_size=10).hexdigest()
+
+    def _own_code(self, call: Call, slot: Slot) -> Slot:
+        """Among exact repeats, one recorded with this very code goes before one at this very place."""
+
+        def same(other: Slot) -> bool:
+            return other.n >= 0 and self.records.row(other, other.n).head["code"] == call.code.digest
+
+        if same(slot):
+            return slot
+        free = (other for other in self.records.slots(call.ident)[:100] if not other.claimed and other is not slot)
+        return next((other for other in free if same(other)), slot)
+
+    def _in_cell(self, ident: str) -> int:
+        """How often this ident was asked for in the running notebook cell, or in this process."""
+        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+        cell = getattr(shell, "execution_count", None)
+        if cell != self._cell:
+            self._cell = cell
+            self._asks.clear()
+        count = self._asks.get(ident, 0)
+        self._asks[ident] = count + 1
+        return count
+
+    def _arrive(self, place: Here, task: Any) -> Here:
+        """The first call in a task: from here on it is a branch of its own, named by what it was given."""
+        if place.task is None and place is self.root and task not in self.tasks:
+            place.task = task
+            return place
+        label = self.tasks.get(task)
+        if label is None:
+            label = self.label("task")
+        arrived = place.branching(label, task)
+        self._live_branches.add(short(arrived.branch, BRANCH))
+        here.set(arrived)
+        return arrived
+
+    def label(self, text: str) -> str:
+        """A branch name, numbered among equal ones."""
+        count = self._labels.get(text, 0)
+        self._labels[text] = count + 1
+        return f"{text}#{count:x}"
+
+    def expect_branches(self, place: Here, labels: list[str]) -> None:
+        """Branches that will come: their records are theirs even before they ask."""
+        for label in labels:
+            self._live_branches.add(short(f"{place.branch}/{label}", BRANCH))
+
+    def branch_of(self, call: Call) -> str:
+        """The branch in which the call executes, enclosing steps included."""
+        path = f"{call.here.scope}:{call.here.branch}"
+        task = current_task()
+        if task is not None and call.task is not None and task is not call.task:
+            path += f"/={call.occ}"
+        outer = call.here.outer
+        return f"{self.branch_path(outer)}>{path}" if outer else path
+
+    def branch_path(self, current: Current) -> str:
+        return f"{self.branch_of(current.call)}>@{current.id}"
+
+    def in_branch(self, call: Call) -> Slot | None:
+        """An unclaimed record of the same ident in the same branch: steps were inserted, moved or removed."""
+        branch = short(call.here.branch, BRANCH)
+        return next((s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch), None)
+
+    def elsewhere(self, call: Call) -> Slot | None:
+        """One from a branch that is not there any more; a branch that is there asks for its own."""
+        return next(
+            (s for s in self.records.slots(call.ident) if not s.claimed and s.branch not in self._live_branches), None
+        )
+
+    def others(self, call: Call) -> bool:
+        return any(not slot.claimed for slot in self.records.named(call.ident[:NS]))
+
+    def unclaimed(self, call: Call) -> list[Slot]:
+        return [slot for slot in self.records.named(call.ident[:NS]) if not slot.claimed]
+
+    def own_slot(self, call: Call) -> Slot:
+        """The slot to which this call's next version is added."""
+        if call.slot is None:
+            place = call.place
+            suffix = 0
+            while self.records.at(call.ident, place) is not None:
+                suffix += 1
+                place = f"{call.place}x{suffix:x}"
+            call.slot = self.records.add(Slot(call.ident, place))
+            call.slot.claimed = True
+        return call.slot
+
+    def task_of_slot(self, slot: Slot) -> str:
+        return "t-" + short(f"{self.run_id}/{slot.id}.{max(slot.n, 0)}", 10)
+
+    def versions(self, slot: Slot) -> Iterator[int]:
+        """Versions that count; those undone count still while the undoing goes on after a crash."""
+        for n in range(slot.n, -1, -1):
+            if slot.gone is None or n not in slot.gone or (self.undoing and slot.gone[n] == "void"):
+                yield n
+
+    # -- failures --------------------------------------------------------------------------
+
+    def again(self, call: Call, head: dict[str, Any]) -> str | None:
+        """Why a recorded failure is tried again; None replays it."""
+        if self.scratch:
+            return "it failed last time"
+        if head["s1"][0] > self.retry_upto:
+            return None
+        if self._handled(head):
+            self.say_once(
+                f"{call.name}: its failure was handled by your code and is replayed; to try it again: "
+                f"rerun=[{call.name!r}]"
+            )
+            return None
+        return "it failed last time"
+
+    def retries(self, slot: Slot, n: int) -> bool:
+        """Whether a late result may stand in for the failure recorded before it."""
+        if self.scratch or n == 0:
+            return True
+        head = self.records.row(slot, n - 1).head
+        return head["status"] != "failed" or (head["s1"][0] <= self.retry_upto and not self._handled(head))
+
+    def _handled(self, head: dict[str, Any]) -> bool:
+        """Whether a step of the same or an enclosing branch was started after the failure."""
+        if self._starts is None:
+            rows = (Row(key, text).head for key, text in self.journal.scan(self.records.prefix) if "!" not in key)
+            self._starts = [(row["branch"], row["s0"]) for row in rows if not row.get("late")]
+        branch, end = head["branch"], head["s1"]
+        return any(
+            start > end and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
+            for other, start in self._starts
+        )
+
+    def failure(self, call: Call, head: dict[str, Any], *, replayed: bool) -> BaseException:
+        """The exception a caller gets: of the original type, and a ``StepFailed``."""
+        self.totals.failed += 1
+        data = head["error"]
+        self._note(call)
+        return codec.rebuild_exception(
+            data,
+            StepFailed,
+            {
+                "step": call.name,
+                "run_id": self.run_id,
+                "attempts": head["attempts"],
+                "error_type": data["name"],
+                "data": data.get("data", {}),
+                "replayed": replayed,
+            },
+        )
+
+    # -- results ---------------------------------------------------------------------------
+
+    def deliver(self, call: Call, row: Row) -> Any:
+        """Hand out a record: the value, or the failure again."""
+        head = row.head
+        self.enter(call)
+        if not call.here.scope:
+            self.totals.replayed += 1
+        cost = head.get("cost")
+        outer = call.here.outer
+        if cost is not None:
+            amount = Decimal(cost)
+            self.totals.saved += amount
+        if head.get("ai"):
+            lent = not self.scratch and head["s0"][0] < self.number
+            while outer is not None:
+                outer.used_model = True
+                outer.lent += lent
+                if cost is not None:
+                    outer.cost = (outer.cost or 0) + amount
+                outer = outer.parent
+        if self.plan:
+            self.plan_steps.append(PlanStep(call.name, "reused"))
+        if head["status"] == "failed":
+            raise self.failure(call, head, replayed=True)
+        value = codec.decode(row.output)
+        if call.finish is not None:
+            value = call.finish(value)
+        if call.options.compensate is not None and call.slot is not None:
+            self.compensations.append((call, call.slot, value))
+        return value
+
+    def finished(self, call: Call, slot: Slot, head: dict[str, Any], value: Any) -> Any:
+        """After the record is durable: count it and hand out the value."""
+        self.enter(call)
+        self.live.add(slot.id)
+        if not call.here.scope:
+            self.totals.ran += 1
+        if call.finish is not None:
+            value = call.finish(value)
+        if call.options.compensate is not None:
+            self.compensations.append((call, slot, value))
+        return value
+
+    def enter(self, call: Call) -> None:
+        slot = call.slot
+        assert slot is not None
+        at = here.get()
+        if at is not None and at.ex is self and at.scope == call.here.scope and at.branch == call.here.branch:
+            here.set(at.after(slot.id))
+        known = self.seen.get(call.name)
+        if known is None:
+            self.seen[call.name] = [slot]
+        else:
+            known.append(slot)
+
+    def _note(self, call: Call) -> None:
+        if call.slot is not None:
+            self.enter(call)
+
+    def committed(self, slot: Slot) -> None:
+        slot.n += 1
+        slot.claimed = slot.claimed or True
+
+    def paid(self, current: Current, cost: Decimal | None) -> None:
+        """Count one paid reply for the step and all that enclose it."""
+        if cost is None:
+            self.totals.unpriced += 1
+        else:
+            self.totals.paid += cost
+        step: Current | None = current
+        while step is not None:
+            step.used_model = True
+            if cost is None:
+                step.unknown += 1
+            else:
+                step.cost = (step.cost or 0) + cost
+            step = step.parent
+
+    # -- attempts --------------------------------------------------------------------------
+
+    def attempts_of(self, call: Call, slot: Slot) -> Attempts:
+        state = Attempts()
+        if slot.n >= 0:
+            head = self.records.row(slot, slot.n).head
+            state.sample = head["sample"] + (1 if slot.gone and slot.n in slot.gone else 0)
+        if self.prior is None and not self.scratch:
+            return state
+        for _, text in self.journal.scan(f"a/{self.key}/{call.occ}.{slot.n + 1}/"):
+            facts = orjson.loads(text)
+            state.failed = facts["attempt"] - (1 if facts["free"] else 0)
+            state.sample = facts["sample"]
+            state.since = state.since or facts["t0"]
+        state.started = self.marks.get(call.occ) == slot.n + 1
+        if call.options.in_doubt != "rerun":
+            row = f"d/{self.key}/{call.occ}.{slot.n + 1}.{state.failed + 1}"
+            state.started = self.journal.get(row) is not None
+        if state.started and call.request is not None:
+            state.paid = any(True for _ in self.journal.scan(f"m/{self.key}/{call.occ}/", limit=1))
+        return state
+
+    def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> int:
+        """Mark that an attempt starts; returns how often the step had been left in doubt."""
+        if not self.scratch and call.kind != "human":
+            line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "a": current.attempt, "s": order, "t": self.clock()}
+            self.journal.mark(self.run_id, orjson.dumps(line).decode())
+        return 1 if self.marks.get(call.occ) == slot.n + 1 else 0
+
+    def load_marks(self) -> None:
+        for line in self.journal.marks(self.run_id):
+            facts = orjson.loads(line)
+            self.marks[facts["o"]] = facts["v"]
+
+    def doubt(self, call: Call) -> None:
+        self.totals.doubts += 1
+        what = "asked again" if call.request is not None else "run again"
+        self.warn(f"{call.name}: in doubt: it was in flight when its process ended; {what}")
+
+    def late(self, call: Call, version: int, result: Any) -> None:
+        """A function came back after its caller had been released: keep what it returned."""
+        slot = call.slot
+        assert slot is not None
+        text, value = codec.roundtrip(result, where="result")
+        if slot.n < version and not self.closed:
+            self._late[call.occ] = (text, value)
+            return
+        failed = self.journal.get(self.records.key(slot, slot.n)) if slot.n >= 0 else None
+        if failed is None:
+            log.warning("%s · %s came back after its run had ended; its result is not kept", self.run_id, call.name)
+            return
+        head = {k: v for k, v in Row("", failed).head.items() if k != "error"} | {"status": "completed", "late": True}
+        given = call.given if len(call.given) <= 65536 else ""
+        if self.journal.commit([self.records.record(slot, Row.compose(head, text, given))])[0]:
+            slot.n += 1
+
+    def late_result(self, call: Call) -> tuple[str, Any] | None:
+        return self._late.pop(call.occ, None)
+
+    def key_of(self, call: Call, undone: int) -> str:
+        key = call.options.idempotency_key or f"{self.run_id}:{call.name}:{call.occ[:12]}"
+        return f"{key}~{undone + 1}" if undone else key
+
+    def next(self) -> list[int]:
+        return [self.number, next(self._orders)]
+
+    def new_code(self, digest: str) -> bool:
+        if digest in self._codes:
+            return False
+        self._codes.add(digest)
+        return True
+
+    # -- facts about the moment --------------------------------------------------------------
+
+    def clock(self) -> float:
+        return settings.clock() if settings.clock else time.time()
+
+    def model(self) -> str:
+        from agentflow.providers import default_model
+
+        return default_model() or ""
+
+    def prompt_digest(self, path: str) -> str:
+        from agentflow.prompts import file_digest
+
+        return file_digest(path)
+
+    def prompts_read(self, current: Current) -> dict[str, str]:
+        return self._prompts.pop(id(current), {})
+
+    def read_prompt(self, current: Current, path: str, digest: str) -> None:
+        step: Current | None = current
+        while step is not None:
+            self._prompts.setdefault(id(step), {})[path] = digest
+            step = step.parent
+
+    def known(self, text: str) -> bool:
+        """Whether a uuid stands in the run's input or in a recorded output: then it is data."""
+        if self._uuids is None:
+            found = set(_UUID.findall(self.input_text))
+            for key, row in self.journal.scan(self.records.prefix):
+                if "!" not in key:
+                    found.update(_UUID.findall(Row(key, row).output))
+            self._uuids = {u.replace("-", "").lower() for u in found}
+        return text.replace("-", "").lower() in self._uuids
+
+    # -- words -------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        if not self.plan:
+            log.info("%s · %s", self.run_id, text)
+
+    def say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
+    def warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.warnings.append(text)
+            if not self.plan:
+                log.warning("%s · %s", self.run_id, text)
+
+    def missed(self, call: Call) -> None:
+        """Remember what was asked for while a record of that name lay unused: the end says so."""
+        self._missed[call.ident[:NS]] = call.given
+
+    def unasked(self) -> list[str]:
+        """Lines on recorded steps of the body that this execution never asked for."""
+        from agentflow.compare import differences, unified
+
+        lines = []
+        for slot in self.records:
+            if slot.claimed or not slot.ident.startswith("r") or next(self.versions(slot), None) is None:
+                continue
+            row = self.records.row(slot, slot.n)
+            if row.head["kind"] in ("value", "compensation"):
+                continue
+            asked = self._missed.get(slot.ident[:NS])
+            why = "the code does not ask for it any more"
+            if asked is not None:
+                shown = unified(differences(row.given, asked)) if row.given and asked else "other data"
+                why = f"it was asked for with other data:\n{shown}"
+            lines.append(f"{row.head['name']}: a recorded result was not used; {why}")
+            if len(lines) == 20:
+                break
+        return lines
+
+    def would_run(self, call: Call) -> None:
+        """A line of the plan for a step that has no record to reuse."""
+        from agentflow.compare import differences, unified
+
+        old = call.slot if call.slot is not None and call.slot.n >= 0 else None
+        if old is None:
+            old = next((slot for slot in self.unclaimed(call) if slot.n >= 0), None)
+        if old is None:
+            self.plan_steps.append(PlanStep(call.name, "new", "not recorded yet"))
+            return
+        row = self.records.row(old, old.n)
+        shown = unified(differences(row.given, call.given)) if row.given and call.given else ""
+        reason = call.why or "given other data"
+        cost = row.head.get("cost")
+        self.plan_steps.append(PlanStep(call.name, "changed", reason, shown, Decimal(cost) if cost else None))
+
+    def forgotten(self, name: str) -> None:
+        if not self.suspended and not self.closed:
+            self.not_awaited.append(name)
+        elif not self.suspended:
+            log.warning("step %r was never awaited. Write: await step(%r, ...)", name, name)

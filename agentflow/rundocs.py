@@ -1,0 +1,116 @@
+"""The document of a run (``r/<run>``) and its place in the indexes; what stands in the journal, not what runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from agentflow.errors import RunNotFound, UsageError
+from agentflow.index import Row, in_key
+from agentflow.journal import Drop, Journal, Put
+from agentflow.lease import alive, holder
+
+STATUSES = ("running", "waiting", "completed", "failed", "cancelled", "interrupted")
+
+
+def read(journal: Journal, run_id: str) -> dict[str, Any] | None:
+    text = journal.get(f"r/{in_key(run_id)}")
+    return None if text is None else dict(orjson.loads(text))
+
+
+def write(document: dict[str, Any], status: str) -> list[Any]:
+    """Operations that store a document under a new status."""
+    ops: list[Any] = []
+    before = document.get("status")
+    if before is not None and before != status:
+        ops.append(Drop(_index(document, before)))
+    document["status"] = status
+    ops += [Put(f"r/{in_key(document['id'])}", orjson.dumps(document).decode()), Put(_index(document, status), document["id"])]
+    return ops
+
+
+def _index(document: dict[str, Any], status: str) -> str:
+    return f"x/{status}/{int(document['created_at'] * 1000):014d}-{in_key(document['id'])}"
+
+
+def status_of(journal: Journal, document: dict[str, Any]) -> str:
+    """A run that says running while nobody holds its lease was interrupted."""
+    status: str = document["status"]
+    if status == "running":
+        owner = holder(journal, lease_key(document["id"]))
+        return "running" if owner is not None and alive(owner) else "interrupted"
+    return status
+
+
+def lease_key(run_id: str) -> str:
+    return f"lease/{in_key(run_id)}"
+
+
+def listed(
+    journal: Journal, *, status: str | None = None, workflow: str | None = None, limit: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Documents, newest first."""
+    if status is not None and status not in STATUSES:
+        raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
+    wanted = STATUSES if status is None else ("running", "interrupted") if status in ("running", "interrupted") else (status,)
+    found: list[tuple[str, str]] = []
+    for each in wanted:
+        prefix = f"x/{each}/"
+        most = limit if workflow is None and status not in ("running", "interrupted") else None
+        found += [(key[len(prefix) :], run) for key, run in journal.scan(prefix, reverse=True, limit=most)]
+    count = 0
+    for _, run_id in sorted(found, reverse=True):
+        document = read(journal, run_id)
+        if document is None or (workflow is not None and document["workflow"] != workflow):
+            continue
+        document["status"] = status_of(journal, document)
+        if status is not None and document["status"] != status:
+            continue
+        yield document
+        count += 1
+        if limit is not None and count >= limit:
+            return
+
+
+def find(journal: Journal, run_id: str) -> dict[str, Any]:
+    """The document of a run named by its id or by an unambiguous beginning or end of it."""
+    if not isinstance(run_id, str) or not run_id:
+        raise UsageError(f"run id {run_id!r} is not text.")
+    document = read(journal, run_id)
+    if document is None:
+        ids = [text for status in STATUSES for _, text in journal.scan(f"x/{status}/")]
+        matches = sorted(i for i in ids if i.startswith(run_id) or i.endswith(f"-{run_id}"))
+        if not matches:
+            raise RunNotFound(f"no run {run_id!r} in {journal.path}. `agentflow runs list` shows what there is.")
+        if len(matches) > 1:
+            raise RunNotFound(f"{run_id!r} is short for {len(matches)} runs: {', '.join(matches[:5])}.")
+        document = read(journal, matches[0])
+        assert document is not None
+    document["status"] = status_of(journal, document)
+    return document
+
+
+def rows(journal: Journal, run_id: str) -> list[Row]:
+    """The rows of a run that count, in the order in which their steps started."""
+    prefix = f"s/{in_key(run_id)}/"
+    gone, newest = set(), {}
+    for key, text in journal.scan(prefix):
+        if "!" in key:
+            gone.add(key.partition("!")[0])
+        else:
+            newest[key] = Row(key, text)
+    latest: dict[str, Row] = {}
+    for key, row in sorted(newest.items(), key=lambda item: (item[0].rpartition(".")[0], int(item[0].rpartition(".")[2]))):
+        if key not in gone:
+            latest[key.rpartition(".")[0]] = row
+    return sorted(latest.values(), key=lambda row: row.head["s0"])
+
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def slug(name: str) -> str:
+    return _UNSAFE.sub("-", name).strip("-") or "run"

@@ -1,0 +1,31 @@
+"""Runs, looked at from outside. These functions read; they resume nothing."""
+
+from __future__ import annotations
+
+import builtins
+
+from agentflow import rundocs
+from agentflow.scratch import open_journal
+from agentflow.flow import Run
+
+
+def list(*, status: str | None = None, workflow: str | None = None, limit: int | None = None) -> builtins.list[Run]:
+    """Runs, newest first.
+
+    Args:
+        status: running, waiting, completed, failed, cancelled or interrupted; None: all.
+        workflow: only those of the workflow of this name.
+        limit: at most so many. None: all.
+    """
+    journal = open_journal()
+    return [Run(journal, d) for d in rundocs.listed(journal, status=status, workflow=workflow, limit=limit)]
+
+
+def get(run_id: str) -> Run:
+    """One run, by its id or by an unambiguous beginning or end of it.
+
+    Raises:
+        RunNotFound: there is none, or more than one.
+    """
+    journal = open_journal()
+    return Run(journal, rundocs.find(journal, run_id))

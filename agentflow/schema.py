@@ -1,0 +1,355 @@
+"""Values and types as a model sees them: plain JSON in, a strict JSON schema for what comes back."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import inspect
+import json
+import math
+import pathlib
+import re
+import sys
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from agentflow.errors import UsageError
+
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
+_NUMBERS = {"multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_SILENT = {"title", "discriminator", "deprecated", "readOnly", "writeOnly", "$defs", "required", "additionalProperties"}
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+class Mismatch(ValueError):
+    """A reply does not validate; the message lists what is wrong, for a person or a model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """The JSON schema of an output type, an object at its root.
+
+    ``named`` has a ``name`` and the ``schema`` with every constraint that OpenAI's strict mode knows,
+    ``plain`` is the schema with those alone that Anthropic knows; what is left out stands in the
+    descriptions. ``wrapped``: the value is the ``value`` of that object.
+    """
+
+    named: dict[str, Any]
+    plain: dict[str, Any]
+    wrapped: bool
+
+
+def output(output_type: Any) -> Output:
+    """The schema for ``output_type``.
+
+    Raises:
+        UsageError: a part of it has no form in a strict schema; the message names the field.
+    """
+    return _cached(_output, output_type)  # type: ignore[no-any-return]
+
+
+def validate(text: str, output_type: Any) -> Any:
+    """The value that ``text`` stands for. ``str`` takes it as it is, all else reads JSON.
+
+    Raises:
+        Mismatch: it is no JSON, or not of that type.
+    """
+    if output_type is str:
+        return text
+    from pydantic import ValidationError
+
+    adapter, wrapper, _ = _cached(_adapter, output_type)
+    text = _unfenced(text)
+    try:
+        if wrapper is None:
+            return adapter.validate_json(text)
+        form = _form_of(text)
+        if form == "wrapped":
+            return wrapper.validate_json(text)["value"]
+        return adapter.validate_json(json.dumps(text.strip()) if form == "word" else text)
+    except ValidationError as exc:
+        lines = []
+        for error in exc.errors(include_url=False, include_context=False):
+            where = ".".join(str(part) for part in error["loc"])
+            got = "" if error["type"] in ("missing", "json_invalid") else f" (got {_short(error['input'])})"
+            lines.append(f"- {where + ': ' if where else ''}{error['msg']}{got}")
+        raise Mismatch(_ADDRESS.sub("", "\n".join(lines))) from exc
+
+
+def plain(value: Any, path: str = "data") -> Any:
+    """``value`` as plain JSON data: what a model is shown.
+
+    Models, dataclasses and named tuples become objects in the order of their fields, sets are sorted.
+
+    Raises:
+        UsageError: something in it has no such form; the message says where.
+    """
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:  # most values end here
+        return value
+    if isinstance(value, enum.Enum):
+        return plain(value.value, path)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        raise UsageError(f"{path} is {value!r}, which JSON cannot hold.")
+    if isinstance(value, Mapping):
+        made = {_key(key, path): plain(item, f"{path}.{key}") for key, item in value.items()}
+        if len(made) != len(value):
+            raise UsageError(f"{path} has keys that JSON cannot tell apart, such as 1 and '1'.")
+        return made
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {name: plain(item, f"{path}.{name}") for name, item in zip(value._fields, value, strict=True)}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        items = [plain(item, f"{path}{{}}") for item in value]
+        return sorted(items, key=lambda item: json.dumps(item, sort_keys=True))
+    if isinstance(value, dt.datetime | dt.date | dt.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | uuid.UUID | pathlib.PurePath):
+        return str(value)
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
+    if isinstance(value, bytes | bytearray):
+        return base64.b64encode(value).decode("ascii")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: plain(getattr(value, name), f"{path}.{name}") for name in names}
+    return _foreign(value, path)
+
+
+def show(value: Any, path: str = "data") -> str:
+    """``value`` as indented JSON text."""
+    return json.dumps(plain(value, path), ensure_ascii=False, indent=2)
+
+
+def _foreign(value: Any, path: str) -> Any:
+    """Values of libraries that may not even be installed."""
+    pydantic, numpy, pandas = (sys.modules.get(name) for name in ("pydantic", "numpy", "pandas"))
+    if pydantic and isinstance(value, pydantic.BaseModel):
+        # In Python mode sets stay sets, to be sorted; excluded fields and serialisers are honoured.
+        return plain(value.model_dump(mode="python", by_alias=True), path)
+    if numpy and isinstance(value, numpy.ndarray | numpy.generic):
+        return plain(value.tolist(), path)
+    if pandas and isinstance(value, pandas.DataFrame):
+        return json.loads(value.to_json(orient="records", date_format="iso"))
+    if pandas and isinstance(value, pandas.Series):
+        return json.loads(value.to_json(orient="index", date_format="iso"))
+    raise UsageError(
+        f"{path} is a {type(value).__name__}, which has no plain JSON form. Pass the fields that the model is to see."
+    )
+
+
+def _key(key: Any, path: str) -> str:
+    if type(key) is str:
+        return key
+    key = key.value if isinstance(key, enum.Enum) else key
+    if isinstance(key, str | int | float | bool | dt.date | uuid.UUID | decimal.Decimal) or key is None:
+        return str(key)
+    raise UsageError(f"{path} has the key {key!r}, which JSON cannot hold as a name.")
+
+
+def _cached(build: Any, output_type: Any) -> Any:
+    try:
+        # The text is part of the key because int | str equals str | int, and their schemas differ.
+        return _build(build, output_type, repr(output_type))
+    except TypeError:  # not hashable, as Annotated with a list in it
+        return build(output_type)
+
+
+@functools.lru_cache(maxsize=256)
+def _build(build: Any, output_type: Any, text: str) -> Any:
+    return build(output_type)
+
+
+def _adapter(output_type: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The adapter, the one for the wrapping object (None where the type is an object), the schema."""
+    from pydantic import PydanticUserError, TypeAdapter
+    from typing_extensions import TypedDict
+
+    if isinstance(output_type, str):
+        raise _no_type(output_type, "write the type itself, not its name as text")
+    if inspect.isroutine(output_type):  # pydantic would take it for a description of its arguments
+        raise _no_type(output_type, "it is a function, not a type")
+    try:
+        adapter = TypeAdapter(output_type)
+        root = adapter.json_schema()
+        if _root(root).get("type") == "object":
+            return adapter, None, root
+        wrapper = TypeAdapter(TypedDict("Wrapped", {"value": output_type}))  # type: ignore[operator]
+        return adapter, wrapper, root
+    except (PydanticUserError, NameError, AttributeError) as exc:
+        raise _no_type(output_type, str(exc).split("\n")[0]) from exc
+
+
+def _no_type(output_type: Any, why: str) -> UsageError:
+    return UsageError(f"output_type={output_type!r} has no JSON schema: {why}. Nothing was sent.")
+
+
+def _output(output_type: Any) -> Output:
+    _, wrapper, root = _cached(_adapter, output_type)
+    name = output_type.__name__ if wrapper is None and isinstance(output_type, type) else ""
+    forms = []
+    for openai in (True, False):
+        strict = _Strict(root, openai)
+        label = name or "output_type"
+        defs = {key: strict.form(node, key) for key, node in root.get("$defs", {}).items()}
+        made = strict.form({key: value for key, value in _root(root).items() if key != "$defs"}, label)
+        if wrapper is not None:
+            made = {
+                "type": "object",
+                "properties": {"value": made},
+                "required": ["value"],
+                "additionalProperties": False,
+            }
+        text = json.dumps([made, defs])
+        used = {key: node for key, node in defs.items() if f'"#/$defs/{key}"' in text}
+        forms.append({**made, "$defs": used} if used else made)
+    return Output(
+        {"name": re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64] or "reply", "schema": forms[0]},
+        forms[1],
+        wrapper is not None,
+    )
+
+
+def _root(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema's root, with a reference at the root followed: the providers want an object there."""
+    seen = 0
+    node = schema
+    while "$ref" in node and seen < 20:
+        node, seen = schema["$defs"][node["$ref"].rpartition("/")[2]], seen + 1
+    return node
+
+
+class _Strict:
+    """Rewrites pydantic's schema into the form that strict structured output takes."""
+
+    def __init__(self, root: dict[str, Any], openai: bool) -> None:
+        self.defs: dict[str, Any] = root.get("$defs", {})
+        self.openai = openai
+        self.inlining: list[str] = []
+
+    def form(self, node: Any, path: str) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            raise _cannot(path, "may be anything")
+        if "$ref" in node:
+            return self.reference(node, path)
+        if "allOf" in node:
+            if len(node["allOf"]) != 1:
+                raise _cannot(path, "has to be several things at once")
+            rest = {key: value for key, value in node.items() if key != "allOf"}
+            return self.form({**node["allOf"][0], **rest}, path)
+        made: dict[str, Any] = {}
+        used = {"type"}
+        variants = node.get("anyOf") or node.get("oneOf")
+        if variants:
+            made["anyOf"] = [self.form(variant, path) for variant in variants]
+            used |= {"anyOf", "oneOf"}
+        elif "enum" in node or "const" in node:
+            made.update({key: node[key] for key in ("type", "enum", "const") if key in node})
+            used |= {"enum", "const"}
+        elif "type" not in node:
+            raise _cannot(path, "may be anything")
+        else:
+            made["type"] = node["type"]
+            used |= self.kind(node, made, path)
+        self.describe(node, made, used)
+        return made
+
+    def kind(self, node: dict[str, Any], made: dict[str, Any], path: str) -> set[str]:
+        """Fills in what belongs to the type; gives the keywords that are dealt with."""
+        if node["type"] == "object":
+            properties = node.get("properties", {})
+            free = node.get("additionalProperties", "properties" not in node)
+            if "patternProperties" in node or (free is not False and not properties and "properties" not in node):
+                raise _cannot(path, "is a dict with free keys")
+            made["properties"] = {key: self.form(value, f"{path}.{key}") for key, value in properties.items()}
+            made["required"] = list(properties)
+            made["additionalProperties"] = False
+            return {"properties", "patternProperties"}
+        if node["type"] == "array":
+            return self.array(node, made, path)
+        used: set[str] = set()
+        if node.get("format") in _FORMATS:
+            used.add("format")
+        if self.openai:
+            used |= _NUMBERS
+            if "pattern" in node and "(?" not in node["pattern"]:  # lookarounds are refused there
+                used.add("pattern")
+        made.update({key: node[key] for key in node if key in used})
+        return used
+
+    def array(self, node: dict[str, Any], made: dict[str, Any], path: str) -> set[str]:
+        places = node.get("prefixItems")
+        if places:
+            forms = [self.form(place, f"{path}[{index}]") for index, place in enumerate(places)]
+            distinct = [form for index, form in enumerate(forms) if form not in forms[:index]]
+            made["items"] = distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
+        else:
+            made["items"] = self.form(node.get("items"), f"{path}[]")
+        used = {"items", "prefixItems"}
+        for key in ("minItems", "maxItems"):
+            if key in node and (self.openai or (key == "minItems" and node[key] in (0, 1))):
+                made[key] = node[key]
+                used.add(key)
+        return used
+
+    def describe(self, node: dict[str, Any], made: dict[str, Any], used: set[str]) -> None:
+        """What the provider would refuse as a keyword is told in words; the reply is validated anyway."""
+        notes = [
+            f"{key}: {json.dumps(value, ensure_ascii=False)}"
+            for key, value in node.items()
+            if key not in used | _SILENT | {"description"} and not (key == "default" and value is None)
+        ]
+        parts = [node.get("description", ""), "{" + ", ".join(notes) + "}" if notes else ""]
+        if any(parts):
+            made["description"] = "\n\n".join(part for part in parts if part)
+
+    def reference(self, node: dict[str, Any], path: str) -> dict[str, Any]:
+        """A reference stands alone in strict mode, so one with a description of its own is written out."""
+        name = node["$ref"].rpartition("/")[2]
+        rest = {key: value for key, value in node.items() if key != "$ref" and key not in _SILENT}
+        if not rest or name in self.inlining:
+            return {"$ref": node["$ref"]}
+        self.inlining.append(name)
+        try:
+            return self.form({**self.defs[name], **rest}, path)
+        finally:
+            self.inlining.pop()
+
+
+def _cannot(path: str, why: str) -> UsageError:
+    return UsageError(
+        f"output_type: {path} {why}, which strict structured output cannot express. Name its fields in a model, "
+        "or ask for a list of key/value models. Nothing was sent."
+    )
+
+
+def _form_of(text: str) -> str:
+    """How a value that is no object was written: wrapped as asked for, bare, or as a mere word."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        return "bare" if text.lstrip()[:1] in '{["' else "word"
+    return "wrapped" if isinstance(parsed, dict) and list(parsed) == ["value"] else "bare"
+
+
+def _unfenced(text: str) -> str:
+    """Without the Markdown fence that servers without structured output like to put around JSON."""
+    match = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
+    return match.group(1) if match else text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,96 @@
+"""What ``configure`` sets for this process, and the voice that speaks to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentflow.errors import UsageError
+
+log = logging.getLogger("agentflow")
+
+
+class _Voice(logging.Handler):
+    """Prints to stderr while the program has set up no logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers or settings.quiet:
+            return
+        from agentflow.redact import redact
+
+        print(redact(record.getMessage()), file=sys.stderr)
+
+
+@dataclass(slots=True)
+class Settings:
+    """The values ``configure`` has set; None means the default."""
+
+    path: Path | None = None
+    model: str | None = None
+    notify: Callable[[Any], object] | None = None
+    authorize: Callable[[Any, str | None], bool] | None = None
+    quiet: bool = False
+    clock: Callable[[], float] | None = None
+
+
+settings = Settings()
+
+_UNSET: Any = object()
+
+
+def configure(
+    *,
+    path: str | os.PathLike[str] | None = _UNSET,
+    model: str | None = _UNSET,
+    notify: Callable[[Any], object] | None = _UNSET,
+    authorize: Callable[[Any, str | None], bool] | None = _UNSET,
+    redact: Any = _UNSET,
+    quiet: bool = _UNSET,
+) -> None:
+    """Set defaults for this process. What is not named stays as it is; None restores the default.
+
+    Args:
+        path: the journal's directory. Default: ``AGENTFLOW_PATH``, else ``.agentflow`` at the project root.
+        model: the model of calls that name none, such as ``"openai:gpt-4o-mini"``. Default: ``AGENTFLOW_MODEL``.
+        notify: called with each new ``HumanTask``.
+        authorize: called with a task and the name given as ``by``; False refuses the answer.
+        redact: patterns (or a function of text) masked in everything that leaves the journal, besides known keys.
+        quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.
+
+    Raises:
+        UsageError: a value of the wrong kind.
+    """
+    if path is not _UNSET:
+        settings.path = None if path is None else Path(path).expanduser()
+    if model is not _UNSET:
+        if model is not None:
+            if not isinstance(model, str):
+                raise UsageError(f'configure(model={model!r}): a text such as "openai:gpt-4o-mini".')
+            from agentflow.providers import resolve
+
+            resolve(model)
+        settings.model = model
+        from agentflow.providers import set_default_model
+
+        set_default_model(model)
+    for name, value in (("notify", notify), ("authorize", authorize)):
+        if value is not _UNSET:
+            if value is not None and not callable(value):
+                raise UsageError(f"configure({name}={value!r}): a function, or None.")
+            setattr(settings, name, value)
+    if redact is not _UNSET:
+        from agentflow.redact import set_extra
+
+        set_extra(redact if redact is not None else ())
+    if quiet is not _UNSET:
+        settings.quiet = bool(quiet)
+
+
+if not log.handlers:
+    log.addHandler(_Voice())
+    log.setLevel(logging.INFO)

@@ -1,0 +1,167 @@
+"""The same names for plain ``def`` code: nothing is awaited.
+
+Steps run in the calling thread, unless they have a timeout, are async, or run in ``parallel``.
+
+    from agentflow.sync import workflow, step
+
+    @workflow
+    def report(ctx, topic: str) -> str:
+        facts = step("facts", gather_facts, topic)
+        return step("write", write, facts)
+
+    report.run("rivers")
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from agentflow import aicall, flow, human, steps
+from agentflow.calls import Here, current_step, here
+from agentflow.context import Context
+from agentflow.drive import branch_label, drive_blocking, threads
+from agentflow.durations import Duration, seconds
+from agentflow.errors import StepTimeout, UsageError
+from agentflow.records import Decision, Retry
+
+
+def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any:
+    """``agentflow.step`` for plain code: runs at once and returns the result."""
+    return steps.entry(name, fn, args, options, drive_blocking)
+
+
+def generate_content(prompt: Any, **options: Any) -> Any:
+    """``agentflow.generate_content`` for plain code: returns the answer."""
+    return drive_blocking(aicall.generate_content(prompt, **options))
+
+
+generate_content.__agentflow_model_call__ = True  # type: ignore[attr-defined]
+generateContent = generate_content
+
+
+def human_task(
+    type: str = "approve",
+    assign_to: Any = None,
+    data: Any = None,
+    *,
+    title: str | None = None,
+    schema: Any = None,
+    timeout: Duration | None = None,
+    on_timeout: Any = human.UNSET,
+) -> Any:
+    """``agentflow.human_task`` for plain code."""
+    return drive_blocking(human.human_call(type, assign_to, data, title, schema, timeout, on_timeout))
+
+
+humanTask = human_task
+
+
+class Workflow(flow.Workflow[..., Any]):
+    """A workflow of a plain function; ``run`` is a plain call."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The function's result; finished steps are replayed from their records."""
+        return self.run_sync(*args, **kwargs)
+
+    def start(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The ``Run``, once it has finished or waits."""
+        return flow.run_coroutine(super().start(*args, **kwargs))
+
+    def plan(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """What ``run`` would do; writes and spends nothing."""
+        return self.plan_blocking(*args, **kwargs)
+
+
+def workflow(name: Any = None, *, execute: Any = None, on_change: str = "auto", run_id: Any = None) -> Any:
+    """``agentflow.workflow`` for plain ``def`` functions."""
+    options = {"on_change": on_change, "run_id": run_id, "blocking": True, "kind": Workflow}
+    if callable(name):
+        return flow.define(name, None, **options)
+    if execute is not None:
+        return flow.define(execute, name, **options)
+    return lambda fn: flow.define(fn, name, **options)
+
+
+class _Parallel:
+    """``parallel([f, g])`` with functions of no argument, and ``parallel.map(fn, items)``."""
+
+    def __call__(
+        self,
+        branches: Iterable[Callable[[], Any]] | Mapping[Any, Callable[[], Any]],
+        *,
+        concurrency: int | None = None,
+        settle: bool = False,
+        timeout: Duration | None = None,
+    ) -> Any:
+        keys = list(branches) if isinstance(branches, Mapping) else None
+        items = list(branches.values() if isinstance(branches, Mapping) else branches)
+        for index, item in enumerate(items):
+            if not callable(item):
+                raise UsageError(f"parallel: branch {index} is {item!r}; plain code gives functions: lambda: step(...).")
+        labels = [str(key) for key in keys] if keys is not None else [f"branch {i}" for i in range(len(items))]
+        results = _fan_out(items, labels, concurrency, settle, timeout)
+        return dict(zip(keys, results, strict=True)) if keys is not None else results
+
+    def map(
+        self,
+        fn: Callable[[Any], Any],
+        items: Iterable[Any],
+        *,
+        concurrency: int | None = None,
+        key: Callable[[Any], Any] | None = None,
+        settle: bool = False,
+        timeout: Duration | None = None,
+    ) -> list[Any]:
+        given = list(items)
+        labels = [branch_label("map", item if key is None else key(item)) for item in given]
+        return _fan_out([lambda item=item: fn(item) for item in given], labels, concurrency, settle, timeout)
+
+
+def _fan_out(
+    fns: list[Callable[[], Any]], labels: list[str], concurrency: int | None, settle: bool, timeout: Duration | None
+) -> list[Any]:
+    if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
+        raise UsageError(f"parallel(concurrency={concurrency!r}): 1 or more, or None for all at once.")
+    limit = seconds(timeout, what="timeout")
+    place = here.get()
+    ex = place.ex if place is not None and not place.ex.scratch else None
+    names = [ex.label(label) if ex is not None else label for label in labels]
+    if ex is not None and place is not None:
+        ex.expect_branches(place, names)
+    results: list[Any] = [None] * len(fns)
+    running: dict[Future[Any], int] = {}
+    waiting = list(range(len(fns)))[::-1]
+    first: BaseException | None = None
+    while (waiting and first is None) or running:
+        while waiting and first is None and (concurrency is None or len(running) < concurrency):
+            index = waiting.pop()
+            context = contextvars.copy_context()
+            if place is not None and ex is not None:
+                context.run(here.set, Here(ex, place.scope, f"{place.branch}/{names[index]}", place.pred, place.epoch, place.outer, None))
+            running[threads.submit(context, fns[index], (), {})] = index
+        done, _ = wait(running, timeout=limit, return_when=FIRST_COMPLETED if first is None else ALL_COMPLETED)
+        if not done and limit is not None:
+            raise StepTimeout(f"parallel took longer than {limit:g}s")
+        for future in done:
+            index = running.pop(future)
+            error = future.exception()
+            if error is None:
+                results[index] = future.result()
+            elif settle and isinstance(error, Exception):
+                results[index] = error
+            elif first is None or not isinstance(error, Exception):
+                first = error
+    if first is not None:
+        raise first
+    return results
+
+
+parallel = _Parallel()
+
+__all__ = [
+    "Context", "Decision", "Retry", "Workflow", "current_step", "generateContent", "generate_content", "humanTask",
+    "human_task", "parallel", "step", "workflow",
+]  # fmt: skip

@@ -1,0 +1,132 @@
+"""Human tasks, looked at and answered from outside. These functions record; they resume nothing."""
+
+from __future__ import annotations
+
+import builtins
+import time
+from typing import Any
+
+import orjson
+
+from agentflow import human
+from agentflow.durations import words
+from agentflow.errors import TaskClosed, TaskNotFound, UsageError
+from agentflow.journal import Journal
+from agentflow.records import HumanTask
+from agentflow.scratch import open_journal
+from agentflow.settings import settings
+
+STATUSES = ("open", "approved", "rejected", "answered", "expired", "withdrawn")
+
+
+def list(*, status: str | None = "open", run_id: str | None = None, limit: int | None = None) -> builtins.list[HumanTask]:
+    """Tasks, oldest first.
+
+    Args:
+        status: open, approved, rejected, answered, expired or withdrawn; None: all.
+        run_id: only those of one run.
+        limit: at most so many. None: all.
+    """
+    if status is not None and status not in STATUSES:
+        raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
+    journal = open_journal()
+    found = []
+    if status == "open":
+        documents = (journal.get(f"h/{ident}") for _, ident in journal.scan("xt/open/"))
+    else:
+        documents = (text for _, text in journal.scan("h/"))
+    for text in documents:
+        document = orjson.loads(text) if text else {}
+        if not document or (status is not None and document["status"] != status):
+            continue
+        if run_id is not None and document["run_id"] != run_id:
+            continue
+        found.append(human.task_of(document))
+    found.sort(key=lambda task: (task.created_at, task.id))
+    return found[:limit]
+
+
+def get(task_id: str) -> HumanTask:
+    """One task, by its id or by an unambiguous beginning of it."""
+    return human.task_of(_find(open_journal(), task_id))
+
+
+def approve(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
+    """Approve what the task shows. The first decision wins.
+
+    Args:
+        task_id: the task's id, or an unambiguous beginning of it.
+        by: who decides; a claim, unless ``configure(authorize=)`` checks it.
+        comment: kept with the decision.
+
+    Raises:
+        TaskClosed: decided, expired or withdrawn already; the message says by whom.
+        TaskNotFound: no such task.
+    """
+    return _decide(task_id, True, by, comment, human.UNSET)
+
+
+def reject(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
+    """Reject what the task shows; as ``approve``."""
+    return _decide(task_id, False, by, comment, human.UNSET)
+
+
+def answer(task_id: str, data: Any, by: str | None = None, comment: str | None = None) -> HumanTask:
+    """Answer with data, which is checked against the task's schema here; as ``approve``."""
+    return _decide(task_id, True, by, comment, data)
+
+
+def _find(journal: Journal, task_id: str) -> dict[str, Any]:
+    if not isinstance(task_id, str) or not task_id:
+        raise UsageError(f"task id {task_id!r} is not text.")
+    text = journal.get(f"h/{task_id}")
+    if text is not None:
+        return dict(orjson.loads(text))
+    start = task_id if task_id.startswith("t-") else f"t-{task_id}"
+    matches = [(key[2:], text) for key, text in journal.scan(f"h/{start}", limit=6)]
+    if not matches:
+        raise TaskNotFound(f"no task {task_id!r} in {journal.path}. `agentflow tasks list` shows what is open.")
+    if len(matches) > 1:
+        raise TaskNotFound(f"{task_id!r} is short for several tasks: {', '.join(key for key, _ in matches)}.")
+    return dict(orjson.loads(matches[0][1]))
+
+
+def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, data: Any) -> HumanTask:
+    for name, value in (("by", by), ("comment", comment)):
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{name}={value!r} is not text.")
+    journal = open_journal()
+    found = _find(journal, task_id)
+    if settings.authorize is not None and not settings.authorize(human.task_of(found), by):
+        raise _closed(found, f"{by or 'nobody named'} may not decide task {found['id']}.")
+    now = settings.clock() if settings.clock else time.time()
+
+    def decide(txn: Any) -> dict[str, Any]:
+        document = orjson.loads(txn.get(f"h/{found['id']}"))
+        if document["status"] == "open" and document["deadline"] is not None and now >= document["deadline"]:
+            raise _closed(document, f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.")
+        if document["status"] != "open":
+            raise _closed(document, _why_closed(document))
+        decided = human.record_answer(document, approved, by, now, comment, data)
+        txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
+        txn.drop(human.open_key(document))
+        return decided
+
+    return human.task_of(journal.guarded(decide))
+
+
+def _why_closed(document: dict[str, Any]) -> str:
+    status, outcome = document["status"], document["outcome"] or {}
+    if status == "withdrawn":
+        return f"task {document['id']} was withdrawn: its run does not ask for it any more."
+    if status == "expired":
+        return f"task {document['id']} has expired: its deadline passed before an answer came."
+    who = outcome.get("by") or "somebody"
+    when = human.moment(outcome.get("at"))
+    return f"task {document['id']} was {status} already, by {who}" + (f" at {when:%Y-%m-%d %H:%M:%S} UTC." if when else ".")
+
+
+def _closed(document: dict[str, Any], message: str) -> TaskClosed:
+    error = TaskClosed(message)
+    error.task_id = document["id"]
+    return error

@@ -1,0 +1,273 @@
+"""A model for tests: scripted replies in the providers' own JSON, answered below the real SDKs."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from agentflow import schema
+from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
+from agentflow.models import Request
+from agentflow.providers.common import use_transport
+
+__all__ = ["FakeModel", "reply_body", "request_of"]
+
+_SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
+_LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
+
+
+class FakeModel:
+    """Answers all model calls of the process while it is entered; no key and no network is needed.
+
+    The real SDKs run and the replies have the providers' shape, so what is tested is what runs.
+
+    Args:
+        replies: one for each call, in the order in which they arrive, or one function that answers
+            all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
+            provider's reply as a dict, sent as it is; an HTTP status or a ``ModelError`` to fail
+            with; ``Truncated("text so far")``, ``Refused(...)``, ``ContentFiltered(...)``; a
+            ``ConnectionError`` or ``TimeoutError``; or a function, also async, that is given the
+            request and returns any of these.
+        delay: seconds before each answer.
+
+    ``calls`` lists the requests that arrived. A call without a reply left fails with status 400, and
+    leaving the block fails too, so that it is seen even if the code under test swallowed it.
+
+    >>> import asyncio
+    >>> from agentflow.providers import openai
+    >>> with FakeModel(["Hello!"]) as model:
+    ...     raw = asyncio.run(openai.send({"model": "gpt-5-mini", "input": "Hi"}, timeout=None))
+    >>> openai.read(raw["body"]).text, model.calls[0]["text"]
+    ('Hello!', 'Hi')
+    """
+
+    def __init__(self, replies: Sequence[Any] | Callable[[Request], Any], *, delay: float = 0) -> None:
+        if isinstance(replies, str | bytes) or not (callable(replies) or isinstance(replies, Sequence)):
+            raise UsageError('FakeModel takes a list of replies or a function: FakeModel(["Hello!"]).')
+        self.replies = replies if callable(replies) else list(replies)
+        self.delay = delay
+        self.calls: list[Request] = []
+        self.unexpected: list[Request] = []
+        self._before: Any = None
+
+    def __enter__(self) -> FakeModel:
+        import httpx2
+
+        self._before = use_transport(httpx2.MockTransport(self._answer))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        use_transport(self._before)
+        if self.unexpected and kind is None:
+            raise AssertionError(self._too_many(self.unexpected[0]))
+
+    @property
+    def remaining(self) -> int:
+        """How many scripted replies were not asked for."""
+        return 0 if callable(self.replies) else max(0, len(self.replies) - len(self.calls))
+
+    async def _answer(self, request: Any) -> Any:
+        import httpx2
+
+        asked = request_of(request.url.path, json.loads(request.content))
+        self.calls.append(asked)
+        number = len(self.calls)
+        if not callable(self.replies) and number > len(self.replies):
+            self.unexpected.append(asked)
+            reply: Any = ModelError(self._too_many(asked), status=400, code="unexpected_call")
+        else:
+            reply = self.replies if callable(self.replies) else self.replies[number - 1]
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if callable(reply) and not isinstance(reply, type):
+            reply = reply(asked)
+            if inspect.isawaitable(reply):
+                reply = await reply
+        if isinstance(reply, TimeoutError):
+            raise httpx2.ReadTimeout(str(reply) or "timed out", request=request)
+        if isinstance(reply, ConnectionError):
+            raise httpx2.ConnectError(str(reply) or "connection refused", request=request)
+        status, headers, body = _response(asked, reply, number)
+        return httpx2.Response(status, headers={"x-request-id": f"req_fake_{number}", **headers}, json=body)
+
+    def _too_many(self, asked: Request) -> str:
+        return (
+            f"FakeModel: unexpected call {len(self.calls)}, only {len(self.replies)} replies were given "  # type: ignore[arg-type]
+            f"({asked['provider']}:{asked['model']}, {asked['text'][:80]!r})"
+        )
+
+
+def request_of(path: str, body: dict[str, Any]) -> Request:
+    """The request that a POST to ``path`` makes."""
+    provider, surface = _SURFACES.get("/" + path.rpartition("/")[2], ("anthropic", "messages"))
+    messages = body.get("input" if surface == "responses" else "messages")
+    return {
+        "provider": provider,
+        "model": str(body.get("model")),
+        "surface": surface,
+        "body": body,
+        "text": _last_text(messages),
+    }
+
+
+def reply_body(
+    asked: Request, text: str, *, finish: str = "stop", refusal: str | None = None, number: int = 1
+) -> dict[str, Any]:
+    """A reply in the JSON of the provider that was asked.
+
+    Args:
+        asked: the request.
+        text: the model's answer.
+        finish: ``stop``, ``length`` or ``content_filter``.
+        refusal: words of a refusal, instead of an answer.
+        number: makes the ids differ.
+
+    Usage is made up: a token for every four characters.
+    """
+    read = max(1, len(json.dumps(asked["body"])) // 4)
+    wrote = max(1, len(text or refusal or "") // 4)
+    make = {"responses": _responses, "chat": _chat}.get(asked["surface"], _anthropic)
+    reason = _LENGTH[asked["surface"]] if finish == "length" else finish
+    return make(asked["model"], text, reason, refusal, number, read, wrote)
+
+
+def _responses(
+    model: str, text: str, finish: str, refusal: str | None, number: int, read: int, wrote: int
+) -> dict[str, Any]:
+    content = {"type": "refusal", "refusal": refusal} if refusal else {"type": "output_text", "text": text}
+    if not refusal:
+        content["annotations"] = []  # type: ignore[assignment]
+    return {
+        "id": f"resp_fake_{number}",
+        "object": "response",
+        "created_at": 1_750_000_000,
+        "status": "completed" if finish == "stop" else "incomplete",
+        "incomplete_details": None if finish == "stop" else {"reason": finish},
+        "error": None,
+        "model": model,
+        "output": [
+            {
+                "id": f"msg_fake_{number}",
+                "type": "message",
+                "role": "assistant",
+                "status": "completed" if finish == "stop" else "incomplete",
+                "content": [content],
+            }
+        ],
+        "usage": {
+            "input_tokens": read,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": wrote,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": read + wrote,
+        },
+    }
+
+
+def _chat(
+    model: str, text: str, finish: str, refusal: str | None, number: int, read: int, wrote: int
+) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if refusal else text,
+        "refusal": refusal,
+        "annotations": [],
+    }
+    return {
+        "id": f"chatcmpl-fake-{number}",
+        "object": "chat.completion",
+        "created": 1_750_000_000,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
+        "usage": {
+            "prompt_tokens": read,
+            "completion_tokens": wrote,
+            "total_tokens": read + wrote,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        },
+    }
+
+
+def _anthropic(
+    model: str, text: str, finish: str, refusal: str | None, number: int, read: int, wrote: int
+) -> dict[str, Any]:
+    refused = refusal is not None or finish == "content_filter"
+    stop = "refusal" if refused else {"stop": "end_turn"}.get(finish, finish)
+    return {
+        "id": f"msg_fake_{number}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [{"type": "text", "text": text or refusal or ""}],
+        "stop_reason": stop,
+        "stop_sequence": None,
+        "usage": {
+            "input_tokens": read,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": wrote,
+            "service_tier": "standard",
+        },
+    }
+
+
+def _response(asked: Request, reply: Any, number: int) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """Status, headers and body that stand for a scripted reply."""
+    if isinstance(reply, Truncated):
+        return 200, {}, reply_body(asked, str(reply), finish="length", number=number)
+    if isinstance(reply, ContentFiltered):
+        return 200, {}, reply_body(asked, str(reply), finish="content_filter", number=number)
+    if isinstance(reply, Refused):
+        return 200, {}, reply_body(asked, "", refusal=str(reply) or "I cannot help with that.", number=number)
+    if isinstance(reply, ModelError):
+        headers = {} if reply.retry_after is None else {"retry-after": f"{reply.retry_after:g}"}
+        return _error(asked, reply.status or 500, str(reply), reply.code, headers)
+    if isinstance(reply, int) and not isinstance(reply, bool) and 400 <= reply <= 599:
+        return _error(asked, reply, f"scripted status {reply}", None, {})
+    if isinstance(reply, BaseException | type):
+        raise TypeError(f"FakeModel cannot answer with {reply!r}")
+    if isinstance(reply, dict) and (reply.get("object") in ("response", "chat.completion") or "stop_reason" in reply):
+        return 200, {}, reply
+    return 200, {}, reply_body(asked, _text(asked, reply), number=number)
+
+
+def _error(
+    asked: Request, status: int, message: str, code: str | None, headers: dict[str, str]
+) -> tuple[int, dict[str, str], dict[str, Any]]:
+    if asked["surface"] == "messages":
+        return status, headers, {"type": "error", "error": {"type": code or "api_error", "message": message}}
+    return status, headers, {"error": {"message": message, "type": code or "server_error", "param": None, "code": code}}
+
+
+def _text(asked: Request, reply: Any) -> str:
+    """What the model would have written: text as it is, a value as the JSON that was asked for."""
+    if isinstance(reply, str):
+        return reply
+    value = schema.plain(reply, "reply")
+    body = asked["body"]
+    form = (body.get("text") or body.get("response_format") or body.get("output_config") or {}).get("format") or {}
+    form = form or (body.get("response_format") or {}).get("json_schema") or {}
+    properties = (form.get("schema") or {}).get("properties") or {}
+    if list(properties) == ["value"] and not (isinstance(value, dict) and list(value) == ["value"]):
+        value = {"value": value}
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _last_text(messages: Any) -> str:
+    if isinstance(messages, str):
+        return messages
+    for message in reversed(messages or []):
+        if message.get("role") != "user":
+            continue
+        content = message.get("content")
+        if isinstance(content, str):
+            return content
+        return "".join(str(part.get("text") or "") for part in content or [] if isinstance(part, dict))
+    return ""

@@ -1,0 +1,234 @@
+"""A provider on the loopback interface that counts: what arrived, what was answered.
+
+In its own process (``python -m tests.loopback --port-file F --log F``) it outlives the program under
+test, so that a test can kill that program and then count what it had asked for. As a context manager
+(``with Loopback() as server``) it runs in a thread. It answers the three surfaces with text that is
+derived from the request alone. A script can make it fail, hang or hang up.
+
+The log has one line of JSON when a request has arrived and one when it was fully answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from agentflow.models import Request
+from agentflow.providers.common import digest
+from agentflow.testing import reply_body, request_of
+
+
+def answer_to(text: str) -> str:
+    """The answer that is given to a last user message."""
+    return f"answer to {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+class Loopback:
+    """The server. ``environment`` points both SDKs to it.
+
+    Args:
+        log: a file to append to; None keeps the lines in ``events`` only.
+        latency: seconds before each answer; a query ``?latency=`` of a request wins.
+        script: for the first requests, one entry each: None answers, ``"hang"`` never does, ``"reset"``
+            breaks the connection, ``{"status", "headers", "body"}`` is sent as it is (``body`` may be
+            text, or a dict; ``cut`` sends only so many bytes of it), ``{"text": ...}`` is the answer.
+    """
+
+    def __init__(
+        self, *, log: Path | str | None = None, latency: float = 0.0, script: list[Any] | None = None, port: int = 0
+    ) -> None:
+        self.log = Path(log) if log else None
+        self.latency = latency
+        self.script = list(script or [])
+        self.events: list[dict[str, Any]] = []
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.loopback = self
+        self.port: int = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "OPENAI_BASE_URL": f"{self.url}/v1",
+            "OPENAI_API_KEY": "none",
+            "ANTHROPIC_BASE_URL": self.url,
+            "ANTHROPIC_API_KEY": "none",
+        }
+
+    @property
+    def arrived(self) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == "arrived"]
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == "answered"]
+
+    def __enter__(self) -> Loopback:
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def serve_forever(self) -> None:
+        self._server.serve_forever()
+
+    def arrive(self, asked: Request, path: str) -> tuple[int, Any]:
+        """Notes a request; its number, and what the script has for it."""
+        with self._lock:
+            number = len(self.arrived) + 1
+            event = {"path": path, "model": asked["model"], "text": asked["text"], "digest": digest(asked["body"])}
+            self._note({"event": "arrived", "n": number, **event})
+            return number, self.script[number - 1] if number <= len(self.script) else None
+
+    def answer(self, number: int, asked: Request, status: int) -> None:
+        with self._lock:
+            self._note({"event": "answered", "n": number, "status": status, "digest": digest(asked["body"])})
+
+    def _note(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if self.log:
+            with self.log.open("ab", buffering=0) as file:
+                file.write(json.dumps(event).encode() + b"\n")
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512
+    loopback: Loopback
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # clients are killed here on purpose
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        server = self.server.loopback
+        address = urlsplit(self.path)
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        asked = request_of(address.path, body)
+        number, fault = server.arrive(asked, address.path)
+        latency = float(parse_qs(address.query).get("latency", [server.latency])[0])
+        if latency:
+            server.closing.wait(latency)
+        if fault == "hang":
+            server.closing.wait()
+            self.close_connection = True
+        elif fault == "reset":
+            # Zero linger turns the close into a reset.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+        elif fault is None or "text" in fault:
+            text = fault["text"] if fault else self._text(asked)
+            self._send(number, asked, 200, {}, reply_body(asked, text, number=number), None)
+        else:
+            self._send(
+                number, asked, fault["status"], fault.get("headers", {}), fault.get("body", {}), fault.get("cut")
+            )
+
+    def _text(self, asked: Request) -> str:
+        """The answer; where JSON was asked for, an object with the answer in each text field."""
+        body = asked["body"]
+        form: Any = (body.get("text") or body.get("output_config") or {}).get("format")
+        form = form or (body.get("response_format") or {}).get("json_schema")
+        if not form:
+            return answer_to(asked["text"])
+        return json.dumps(_instance(form["schema"], form["schema"], answer_to(asked["text"])))
+
+    def _send(
+        self, number: int, asked: Request, status: int, headers: dict[str, str], body: Any, cut: int | None
+    ) -> None:
+        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        head = {"content-type": "application/json", "x-request-id": f"req_{number}", **headers}
+        head["content-length"] = str(len(content))
+        lines = [f"HTTP/1.1 {status} Scripted", *(f"{name}: {value}" for name, value in head.items())]
+        self.wfile.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content[:cut])
+        self.wfile.flush()
+        if cut is not None:
+            self.close_connection = True
+            return
+        self.server.loopback.answer(number, asked, status)
+
+
+def _instance(node: dict[str, Any], root: dict[str, Any], text: str) -> Any:
+    """Some value of a strict schema."""
+    if "$ref" in node:
+        return _instance(root["$defs"][node["$ref"].rpartition("/")[2]], root, text)
+    if "anyOf" in node:
+        return _instance(node["anyOf"][0], root, text)
+    if "enum" in node:
+        return node["enum"][0]
+    if "const" in node:
+        return node["const"]
+    if node["type"] == "object":
+        return {name: _instance(part, root, text) for name, part in node["properties"].items()}
+    if node["type"] == "array":
+        return [_instance(node["items"], root, text) for _ in range(node.get("minItems", 1))]
+    return {"string": text, "integer": len(text), "number": 0.5, "boolean": True, "null": None}[node["type"]]
+
+
+def main() -> None:
+    """Serves until it is killed. The port file appears once requests are taken."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port-file", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--latency", type=float, default=float(os.environ.get("LOOPBACK_LATENCY", "0")))
+    parser.add_argument("--script", type=Path, help="a JSON file with the list of faults")
+    options = parser.parse_args()
+    script = json.loads(options.script.read_text()) if options.script else []
+    server = Loopback(log=options.log, latency=options.latency, script=script)
+    temporary = options.port_file.with_suffix(".new")
+    temporary.write_text(str(server.port))
+    temporary.replace(options.port_file)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What arrived and what was answered, from a log file."""
+    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [e for e in events if e["event"] == "arrived"], [e for e in events if e["event"] == "answered"]
+
+
+def wait_for_port(path: Path, seconds: float = 15.0) -> int:
+    """The port of a server in another process, once it has written it."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} did not appear")
+        time.sleep(0.005)
+    return int(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

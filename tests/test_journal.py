@@ -1,0 +1,788 @@
+"""What the journal promises: records stay, strangers' files are refused, paid replies are never dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agentflow import layout, store
+from agentflow.errors import (
+    JournalBusy,
+    JournalError,
+    JournalForeign,
+    JournalFull,
+    JournalIncomplete,
+    JournalReadOnly,
+    JournalVersionError,
+    LeaseLost,
+    UsageError,
+)
+from agentflow.journal import Add, Drop, Fence, Journal, Put, default_path, record_disk
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def journal(tmp_path):
+    opened = Journal.open(tmp_path / "j")
+    yield opened
+    opened.close()
+
+
+def python(code: str, *args: object, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def sql(folder: Path, statement: str, *args: object) -> list:
+    con = sqlite3.connect(folder / "cache.db")
+    with con:
+        rows = con.execute(statement, args).fetchall()
+    con.close()
+    return rows
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def test_the_first_add_wins_and_put_overwrites(journal):
+    assert journal.commit([Add("a", "1"), Put("p", "1")]) == [True, True]
+    assert journal.commit([Add("a", "2"), Add("b", "1"), Put("p", "2"), Drop("none")]) == [False, True, True, True]
+    assert [journal.get(key) for key in ("a", "b", "p", "none")] == ["1", "1", "2", None]
+
+
+def test_ops_happen_in_order_and_a_dropped_key_can_be_added_again(journal):
+    journal.commit([Add("a", "1"), Drop("a"), Add("a", "2")])
+    assert journal.get("a") == "2"
+
+
+def test_records_are_there_for_another_process_and_after_reopening(journal):
+    journal.commit([Add("ключ/1", "wert é \x00 \U0001f600" * 10_000)])
+    out = python(
+        "import sys; from agentflow.journal import Journal; sys.stdout.buffer.write(Journal.open(sys.argv[1]).get('ключ/1').encode())",
+        journal.path,
+    ).communicate()[0]
+    assert out == journal.get("ключ/1")
+    path = journal.path
+    journal.close()
+    assert Journal.open(path).get("ключ/1") == out
+    Journal.open(path).close()
+
+
+def test_scan_gives_a_prefix_in_key_order_and_nothing_else(journal):
+    names = [f"run/{number:04}" for number in range(700)]
+    journal.commit([Add(key, key) for key in [*names, "rum", "run0", "run/", "s", "run/\U0010ffff"]])
+    expected = ["run/", *names, "run/\U0010ffff"]
+    assert [key for key, _ in journal.scan("run/")] == expected
+    assert [key for key, _ in journal.scan("run/", reverse=True)] == expected[::-1]
+    assert [key for key, _ in journal.keys("run/")] == expected
+    assert [key for key, _ in journal.scan("run/", after="run/0300", before="run/0303")] == ["run/0301", "run/0302"]
+    assert [key for key, _ in journal.scan("run/", after="run/0600", limit=3, reverse=True)] == expected[::-1][:3]
+    assert len(list(journal.scan("run/", limit=500))) == 500
+    assert len(list(journal.scan(""))) == 705
+    assert list(journal.scan("run/", limit=0)) == []
+    assert [key for key, _ in journal.scan("run/\U0010ffff")] == ["run/\U0010ffff"]
+
+
+def test_a_scan_reads_large_values_in_pages_and_does_not_skip_any(journal):
+    for number in range(6):
+        journal.commit([Add(f"big/{number}", str(number) * 1_500_000)])
+    assert [value[0] for _, value in journal.scan("big/")] == list("012345")
+
+
+def test_a_scan_holds_no_snapshot_between_its_pages(journal):
+    journal.commit([Add(f"k/{number:03}", "v") for number in range(400)])
+    seen = journal.scan("k/")
+    next(seen)
+    journal.commit([Add("k/999", "late")])
+    assert list(seen)[-1] == ("k/999", "late")
+
+
+def test_rows_come_in_the_order_they_were_written_window_by_window(journal):
+    for number in range(60):
+        journal.commit([Add(f"r/{99 - number}", "v"), Add(f"other/{number}", "v")])
+    seen, start = [], 0
+    while window := journal.rows("r/", from_rowid=start, limit=7):
+        seen += [key for _, key, _ in window]
+        start = window[-1][0] + 1
+    assert seen == [f"r/{99 - number}" for number in range(60)]
+    journal.commit([Add("r/new", "v"), Drop("r/99")])
+    assert [key for _, key, _ in journal.rows("r/", from_rowid=start, limit=7)] == ["r/new"]
+    assert len(journal.rows("r/", from_rowid=0, limit=100)) == 60
+
+
+def test_what_was_read_in_guarded_cannot_change_before_it_has_written(journal):
+    def count(txn):
+        value = int(txn.get("n") or 0) + 1
+        txn.put("n", str(value))
+        return value
+
+    threads = [threading.Thread(target=lambda: [journal.guarded(count) for _ in range(25)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert journal.get("n") == "100"
+
+
+def test_a_guarded_function_that_raises_has_written_nothing(journal):
+    def bad(txn):
+        txn.put("a", "1")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        journal.guarded(bad)
+    assert journal.get("a") is None
+    assert journal.commit([Add("b", "1")]) == [True]
+
+
+def test_committing_inside_guarded_is_refused_instead_of_waiting_for_itself(journal):
+    with pytest.raises(UsageError, match="use the Txn"):
+        journal.guarded(lambda txn: journal.commit([Add("a", "1")]))
+
+
+def test_a_commit_without_any_change_costs_no_sync(journal):
+    journal.commit([Add("a", "1")])
+    before = journal._writer.transactions
+    assert journal.commit([Add("a", "2")]) == [False]
+    assert journal._writer.transactions == before
+
+
+# -- sharing fsyncs --------------------------------------------------------------------------------
+
+
+async def test_200_commits_at_once_share_at_most_10_syncs(journal):
+    before = journal._writer.transactions
+    results = await asyncio.gather(*[journal.acommit([Add(f"k{number}", "v" * 2000)]) for number in range(200)])
+    assert results == [[True]] * 200
+    assert len(list(journal.keys("k"))) == 200
+    assert journal._writer.transactions - before <= 10
+
+
+async def test_one_task_alone_commits_without_a_thread(journal):
+    for number in range(20):
+        await journal.acommit([Add(f"k{number}", "v")])
+    assert journal._writer._thread is None
+
+
+async def test_a_lost_lease_in_a_shared_transaction_does_not_touch_its_neighbours(journal):
+    journal.commit([Put("lease/a", '{"token":2,"x":1}'), Put("lease/b", '{"token":7,"x":1}')])
+    fences = [
+        Fence("lease/a", 2),
+        Fence("lease/a", 1),
+        Fence("lease/b", 7),
+        Fence("lease/none", 1),
+        Fence("lease/b", 70),
+    ]
+    results = await asyncio.gather(
+        *[journal.acommit([Add(f"k{index}", "v")], fence=fence) for index, fence in enumerate(fences)],
+        journal.aguarded(lambda txn: (txn.put("half", "1"), 1 / 0)),
+        journal.aguarded(lambda txn: txn.add("whole", "1")),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [
+        list,
+        LeaseLost,
+        list,
+        LeaseLost,
+        LeaseLost,
+        ZeroDivisionError,
+        bool,
+    ]
+    assert [key for key, _ in journal.keys("k")] == ["k0", "k2"]
+    assert (journal.get("half"), journal.get("whole")) == (None, "1")
+
+
+async def test_a_value_that_cannot_be_stored_fails_alone(journal):
+    results = await asyncio.gather(
+        *[journal.acommit([Add(f"k{number}", "\ud800" if number == 3 else "v")]) for number in range(6)],
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [list] * 3 + [UnicodeEncodeError] + [list] * 2
+    assert len(list(journal.keys("k"))) == 5
+
+
+async def test_a_cancelled_commit_still_happens(journal):
+    with holding_the_lock(journal):
+        task = asyncio.create_task(journal.acommit([Add("a", "1")]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    journal.close()
+    again = Journal.open(journal.path)
+    assert again.get("a") == "1"
+    again.close()
+
+
+async def test_the_loop_goes_on_while_another_process_holds_the_lock(journal):
+    with holding_the_lock(journal):
+        task = asyncio.create_task(journal.acommit([Add("a", "1")]))
+        ticks = 0
+        while ticks < 20:
+            await asyncio.sleep(0.001)
+            ticks += 1
+        assert not task.done()
+    assert await task == [True]
+
+
+class holding_the_lock:
+    def __init__(self, journal):
+        self.con = sqlite3.connect(journal.path / "cache.db", isolation_level=None, check_same_thread=False)
+
+    def __enter__(self):
+        self.con.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, *exc):
+        self.con.execute("ROLLBACK")
+        self.con.close()
+
+
+def test_readers_do_not_wait_for_a_writer(journal):
+    journal.commit([Add("a", "1")])
+    with holding_the_lock(journal):
+        assert journal.get("a") == "1"
+        assert list(journal.scan("a")) == [("a", "1")]
+
+
+def test_a_lock_that_is_never_released_ends_in_an_error_that_says_what_to_do(journal):
+    journal._writer.busy_seconds = 0.05
+    with holding_the_lock(journal), pytest.raises(JournalBusy, match="fuser"):
+        journal.commit([Add("a", "1")])
+    assert journal.commit([Add("a", "1")]) == [True]
+
+
+# -- the files -------------------------------------------------------------------------------------
+
+
+def test_the_directory_is_private_and_ignored_by_git(journal):
+    assert journal.path.stat().st_mode & 0o777 == 0o700
+    assert (journal.path / ".gitignore").read_text() == "*\n"
+
+
+def test_one_object_per_directory_and_process(journal, tmp_path):
+    (tmp_path / "link").symlink_to(journal.path)
+    assert Journal.open(tmp_path / "link") is journal
+    assert Journal.open(str(journal.path)) is journal
+
+
+def test_rows_are_valid_for_diskcache(journal):
+    import diskcache
+
+    journal.commit([Add("a", "1"), Add("b", "x" * 100_000), Drop("a"), Put("b", "y"), Add("c", "3")])
+    cache = diskcache.Cache(str(journal.path), disk=record_disk())
+    assert (cache.get("b"), cache.get("a"), len(cache), sorted(cache)) == ("y", None, 2, ["b", "c"])
+    assert cache.set("d", "4") and journal.get("d") == "4"
+    for wrong in (
+        lambda: cache.set("e", {"no": "pickle"}),
+        lambda: cache.set(("t",), "v"),
+        lambda: cache.set(b"b", "v"),
+    ):
+        with pytest.raises(UsageError):
+            wrong()
+    assert cache.volume() < 10**7 and not cache.cull()
+    cache.close()
+
+
+def test_a_plain_diskcache_fails_before_it_changes_anything(journal):
+    import diskcache
+
+    before = sql(journal.path, "SELECT * FROM Settings ORDER BY key")
+    with pytest.raises(TypeError, match="agentflow_layout"):
+        diskcache.Cache(str(journal.path))
+    assert sql(journal.path, "SELECT * FROM Settings ORDER BY key") == before
+
+
+def test_settings_that_somebody_changed_are_put_back(journal, caplog):
+    journal.commit([Add("a", "1")])
+    journal.close()
+    sql(journal.path, "UPDATE Settings SET value = 'least-recently-stored' WHERE key = 'eviction_policy'")
+    sql(journal.path, "UPDATE Settings SET value = 0 WHERE key = 'sqlite_synchronous'")
+    again = Journal.open(journal.path)
+    assert dict(sql(journal.path, "SELECT key, value FROM Settings"))["eviction_policy"] == "none"
+    assert "eviction_policy, sqlite_synchronous" in caplog.text
+    assert again._writer._con.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert again._writer._con.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    again.close()
+
+
+def test_a_database_turned_away_from_wal_is_turned_back(journal):
+    journal.close()
+    con = sqlite3.connect(journal.path / "cache.db")
+    con.execute("PRAGMA journal_mode = DELETE")
+    con.close()
+    again = Journal.open(journal.path)
+    again.commit([Add("a", "1")])
+    assert sql(journal.path, "PRAGMA journal_mode") == [("wal",)]
+    again.close()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def test_planted_rows_do_nothing_and_are_reported_once(journal, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("BOMB", str(tmp_path / "boom"))
+    (journal.path / "side.val").write_text("from a file")
+    journal.commit([Add("r/ok", "1")])
+    insert = "INSERT INTO Cache (key, raw, mode, filename, value) VALUES (?, 1, ?, ?, ?)"
+    sql(journal.path, insert, "r/pickle", 4, None, pickle.dumps(Bomb()))
+    sql(journal.path, insert, "r/file", 3, "side.val", None)
+    sql(journal.path, insert, "r/number", 1, None, 17)
+    for _ in range(2):
+        assert [journal.get(f"r/{name}") for name in ("pickle", "file", "number")] == [None] * 3
+        assert list(journal.scan("r/")) == [("r/ok", "1")]
+        assert [key for _, key, _ in journal.rows("r/", from_rowid=0, limit=10)] == ["r/ok"]
+    assert not (tmp_path / "boom").exists()
+    assert len(journal.problems()) == 3
+    assert len([record for record in caplog.records if "r/pickle" in record.message]) == 1
+    assert journal.commit([Add("r/pickle", "mine")]) == [True]
+    assert journal.get("r/pickle") == "mine"
+
+
+def test_a_database_copied_without_its_log_is_refused(journal, tmp_path):
+    for number in range(5):
+        journal.commit([Add(f"k{number}", "v")])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("cache.db", "journal.json"):
+        shutil.copy(journal.path / name, copy / name)
+    with pytest.raises(JournalIncomplete, match=r"5 committed transactions are missing.*-wal"):
+        Journal.open(copy)
+    shutil.rmtree(copy)
+    shutil.copytree(journal.path, copy)
+    whole = Journal.open(copy)
+    assert whole.get("k4") == "v"
+    whole.close()
+
+
+def test_an_older_database_put_back_is_refused(journal, tmp_path):
+    journal.commit([Add("a", "1")])
+    journal.close()
+    shutil.copy(journal.path / "cache.db", tmp_path / "old.db")
+    again = Journal.open(journal.path)
+    again.commit([Add("b", "1")])
+    again.close()
+    shutil.copy(tmp_path / "old.db", journal.path / "cache.db")
+    with pytest.raises(JournalIncomplete, match="missing"):
+        Journal.open(journal.path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "other", "sibling gone", "sibling empty", "garbage"])
+def test_a_journal_with_missing_parts_is_refused(journal, tmp_path, damage):
+    journal.commit([Add("a", "1")])
+    journal.close()
+    database, sibling = journal.path / "cache.db", journal.path / "journal.json"
+    if damage == "gone":
+        database.unlink()
+    elif damage == "empty":
+        database.write_bytes(b"")
+    elif damage == "garbage":
+        database.write_bytes(b"x" * 8192)
+    elif damage == "sibling gone":
+        sibling.unlink()
+    elif damage == "sibling empty":
+        sibling.write_text("")
+    else:
+        Journal.open(tmp_path / "other").close()
+        shutil.copy(tmp_path / "other" / "cache.db", database)
+    files = {file.name: file.read_bytes() for file in journal.path.iterdir() if file.is_file()}
+    with pytest.raises(JournalIncomplete, match=str(journal.path)):
+        Journal.open(journal.path)
+    kept = {name: (journal.path / name).read_bytes() for name in files}
+    assert kept == files
+
+
+@pytest.mark.parametrize("what", ["layout", "digest"])
+def test_an_unknown_version_is_refused_and_never_rewritten(journal, what):
+    journal.close()
+    sibling = journal.path / "journal.json"
+    good = sibling.read_text()
+    sibling.write_text(json.dumps({**json.loads(good), what: 99}))
+    with pytest.raises(JournalVersionError, match=f"{what} version 99"):
+        Journal.open(journal.path)
+    assert f'"{what}": 99' in sibling.read_text()
+    sibling.write_text(good)
+    sql(journal.path, "UPDATE Agentflow SET value = 99 WHERE key = ?", what)
+    with pytest.raises(JournalVersionError, match=f"{what} version 99"):
+        Journal.open(journal.path)
+
+
+def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
+    import diskcache
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.tex").write_text("mine")
+    diskcache.Cache(str(tmp_path / "cache")).close()
+    (tmp_path / "file").write_text("")
+    for name in ("docs", "cache", "file"):
+        before = sorted(str(path) for path in (tmp_path / name).rglob("*"))
+        with pytest.raises(JournalForeign, match="AGENTFLOW_PATH"):
+            Journal.open(tmp_path / name)
+        assert sorted(str(path) for path in (tmp_path / name).rglob("*")) == before
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalReadOnly, match="AGENTFLOW_PATH"):
+        Journal.open(tmp_path / "file" / "j")
+
+
+def test_network_file_systems_and_synchronised_folders_are_refused(tmp_path):
+    mounts = "/dev/sda / ext4 rw 0 0\nsrv:/x /mnt/a\\040b nfs4 rw 0 0\ntmpfs /mnt/a\\040b/local tmpfs rw 0 0\nh:/ /m fuse.sshfs rw 0 0\n"
+    layout.check_place(Path("/home/me/p/.agentflow"), mounts)
+    layout.check_place(Path("/mnt/a b/local/p"), mounts)
+    layout.check_place(Path("/mnt/a bc/p"), mounts)
+    for place in ("/mnt/a b/p/.agentflow", "/m/x"):
+        with pytest.raises(JournalError, match=r"network file system \((nfs4|fuse.sshfs)\).*AGENTFLOW_PATH"):
+            layout.check_place(Path(place), mounts)
+    for part in ("Dropbox", "OneDrive - Firm", "Mobile Documents", "Google Drive", "GoogleDrive-me@x.org"):
+        with pytest.raises(JournalError, match="AGENTFLOW_PATH"):
+            Journal.open(tmp_path / part / "p")
+        assert not (tmp_path / part).exists()
+
+
+def test_a_journal_deleted_while_in_use_acknowledges_nothing_more(journal):
+    journal.commit([Add("a", "1")])
+    shutil.rmtree(journal.path)
+    with pytest.raises(JournalIncomplete, match="deleted"):
+        journal.commit([Add("b", "1")])
+    fresh = Journal.open(journal.path)
+    assert fresh is not journal and fresh.get("a") is None
+    fresh.close()
+
+
+def test_a_creator_killed_between_its_files_is_no_obstacle(journal):
+    journal.close()
+    (journal.path / "journal.json").unlink()
+    (journal.path / "new-1-aa").mkdir()
+    again = Journal.open(journal.path)
+    assert again.id == journal.id and again.commit([Add("a", "1")]) == [True]
+    again.close()
+
+
+def test_opening_an_existing_journal_imports_no_diskcache(journal):
+    code = (
+        "import sys; from agentflow.journal import Journal, Add; Journal.open(sys.argv[1]).commit([Add('x', '1')]); "
+        "print([name for name in ('diskcache', 'tempfile', 'pickle', 'pydantic') if name in sys.modules])"
+    )
+    out, err = python(code, journal.path).communicate()
+    assert (out.strip(), err) == ("[]", "")
+
+
+def test_eight_processes_can_open_a_new_journal_at_once(tmp_path):
+    code = (
+        "import sys; from agentflow.journal import Journal, Add; sys.stdin.readline(); j = Journal.open(sys.argv[1]); "
+        "print(j.id, j.commit([Add('first', sys.argv[2]), Add(sys.argv[2], '1')]))"
+    )
+    children = [python(code, tmp_path / "new", number, stdin=subprocess.PIPE) for number in range(8)]
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
+    outs = [child.communicate() for child in children]
+    assert [err for _, err in outs] == [""] * 8
+    assert len({out.split()[0] for out, _ in outs}) == 1
+    assert sum("[True, True]" in out for out, _ in outs) == 1
+    assert sum("[False, True]" in out for out, _ in outs) == 7
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="setconfig")
+def test_sqlite_builds_without_double_quoted_texts_work(tmp_path, monkeypatch):
+    real = sqlite3.connect
+
+    def strict(*args, **kwargs):
+        con = real(*args, **kwargs)
+        con.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DDL, False)
+        con.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)
+        return con
+
+    monkeypatch.setattr(sqlite3, "connect", strict)
+    journal = Journal.open(tmp_path / "j")
+    assert journal.commit([Add("a", "1"), Drop("a"), Add("b", "1")]) == [True] * 3
+    journal.close()
+
+
+def test_a_forked_child_and_its_parent_both_go_on(journal):
+    journal.commit([Add("a", "1")])
+    assert journal.get("a") == "1"
+
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_in_child, args=(journal,))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    assert journal.commit([Add("parent", "1")]) == [True]
+    child.join()
+    assert child.exitcode == 0
+    assert journal.get("child") == "1"
+    assert journal.commit([Add("after", "1")]) == [True]
+
+
+def _in_child(journal):
+    assert Journal.open(journal.path).get("a") == "1"
+    assert journal.commit([Add("child", "1")]) == [True]
+
+    async def together():
+        await asyncio.gather(*[journal.acommit([Add(f"c{number}", "1")]) for number in range(5)])
+
+    asyncio.run(together())
+
+
+def test_a_thread_that_ends_closes_its_connection(journal):
+    journal.commit([Add("a", "1")])
+    thread = threading.Thread(target=journal.get, args=("a",))
+    thread.start()
+    thread.join()
+    assert len(journal._readers) <= 1
+
+
+# -- marks -----------------------------------------------------------------------------------------
+
+
+def test_marks_are_kept_in_order_and_cleared(journal):
+    for run in ("a/b", "a%2fb", "ä" * 300):
+        journal.mark(run, f"one {run}")
+        journal.mark(run, "two")
+        assert journal.marks(run) == [f"one {run}", "two"]
+        journal.clear_marks(run)
+        assert journal.marks(run) == []
+    journal.mark("a/b", "three")
+    assert journal.marks("a/b") == ["three"]
+
+
+def test_a_torn_mark_is_ignored_and_does_not_swallow_the_next_one(journal):
+    journal.mark("r", "one")
+    with open(journal._marks.file("r"), "ab") as file:
+        file.write(b"9:torn")
+    journal.close()
+    again = Journal.open(journal.path)
+    assert again.marks("r") == ["one"]
+    again.mark("r", "two")
+    assert again.marks("r") == ["one", "two"]
+    again.close()
+
+
+def test_a_mark_survives_the_kill_of_its_process(journal):
+    code = (
+        "import sys, os; from agentflow.journal import Journal; j = Journal.open(sys.argv[1]); j.mark('r', 'x'); "
+        "os.kill(os.getpid(), 9)"
+    )
+    child = python(code, journal.path)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert journal.marks("r") == ["x"]
+
+
+def test_many_runs_keep_few_files_open(journal):
+    for number in range(150):
+        journal.mark(f"r{number}", "x")
+    assert len(journal._marks._descriptors) <= 64
+    journal.mark("r0", "y")
+    assert journal.marks("r0") == ["x", "y"]
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import sys, time, sqlite3, _thread, threading, asyncio
+from agentflow.journal import Journal, Add, Put
+j = Journal.open(sys.argv[1])
+def slow(txn):
+    txn.put("half", "1")
+    print("in", flush=True)
+    time.sleep(30)
+try:
+    if sys.argv[2] == "guarded":
+        j.guarded(slow)
+    else:
+        print("in", flush=True)
+        j.commit([Add("waited", "1")])
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+print(j.commit([Add("after", "1")]), j.get("half"), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_ctrl_c_inside_guarded_leaves_a_free_lock_and_no_half_transaction(journal):
+    child = python(INTERRUPTED, journal.path, "guarded", stdin=subprocess.PIPE)
+    assert child.stdout.readline() == "in\n"
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.readline() == "interrupted\n"
+    assert child.stdout.readline() == "[True] None\n"
+    assert journal.commit([Add("mine", "1")]) == [True]
+    child.communicate("\n")
+
+
+def test_ctrl_c_while_waiting_for_the_lock_returns_at_once_and_leaves_the_lock_free(journal):
+    with holding_the_lock(journal):
+        child = python(INTERRUPTED, journal.path, "wait", stdin=subprocess.PIPE)
+        assert child.stdout.readline() == "in\n"
+        started = time.monotonic()
+        while b"agentflow-write" not in _thread_names(child.pid) and time.monotonic() - started < 5:
+            pass
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "interrupted\n"
+    assert child.stdout.readline() == "[True] None\n"
+    assert journal.commit([Add("mine", "1")]) == [True]
+    child.communicate("\n")
+
+
+def _thread_names(pid: int) -> bytes:
+    # Python names its threads for the system from 3.14 on; before, a second thread is sign enough.
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    return b"agentflow-writer" if len(tasks) > 1 else b""
+
+
+# -- a paid reply ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(journal, monkeypatch, tmp_path):
+    """A journal whose every transaction finds the disk full until ``broken.mend()``."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    real = store.Writer._transact
+    journal.paid_retry_seconds = 0.05
+
+    def full(self, jobs, *, drain):
+        if drain:
+            self._drain(jobs)
+        raise JournalFull("full")
+
+    monkeypatch.setattr(store.Writer, "_transact", full)
+    journal.mend = lambda: monkeypatch.setattr(store.Writer, "_transact", real)
+    return journal
+
+
+def test_a_paid_reply_is_spilled_served_and_taken_in_by_the_next_commit(broken, caplog):
+    with pytest.raises(JournalFull):
+        broken.commit([Add("plain", "1")])
+    assert broken.commit([Add("r/2", "paid"), Put("doc", "new")], paid=True) == [True, True]
+    assert "saved in" in caplog.text
+    assert (broken.get("r/2"), broken.get("doc"), broken.get("plain")) == ("paid", "new", None)
+    assert list(broken.scan("r/")) == [("r/2", "paid")]
+    assert [key for _, key, _ in broken.rows("r/", from_rowid=0, limit=5)] == ["r/2"]
+    assert len(list(broken.path.glob("spill-*.json"))) == 1
+    broken.mend()
+    broken.commit([Add("r/1", "v"), Add("r/2", "other")])
+    assert list(broken.scan("r/")) == [("r/1", "v"), ("r/2", "paid")]
+    assert sql(broken.path, "SELECT value FROM Cache WHERE key = 'r/2'") == [("paid",)]
+    assert not list(broken.path.glob("spill-*"))
+    assert broken._writer.before is None
+
+
+async def test_a_paid_reply_spilled_by_a_coroutine_survives_the_process(broken):
+    assert await broken.acommit([Add("a", "paid")], paid=True) == [True]
+    path = broken.path
+    broken.mend()
+    broken.close()
+    again = Journal.open(path)
+    assert sql(path, "SELECT value FROM Cache WHERE key = 'a'") == [("paid",)]
+    assert not list(path.glob("spill-*"))
+    again.close()
+
+
+async def test_a_cancelled_paid_commit_is_spilled(broken):
+    broken.paid_retry_seconds = 60
+    task = asyncio.create_task(broken.acommit([Add("a", "paid")], paid=True))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert broken.get("a") == "paid"
+
+
+def test_a_paid_reply_finds_the_temp_directory_when_its_own_is_full(broken, monkeypatch):
+    from agentflow.spill import Spill
+
+    real = Spill._write
+
+    def full_here(self, folder, ops, fence):
+        if folder == broken.path:
+            raise OSError(28, "No space left on device")
+        return real(self, folder, ops, fence)
+
+    monkeypatch.setattr(Spill, "_write", full_here)
+    broken.commit([Add("a", "paid")], paid=True)
+    folder = Path(os.environ["TMPDIR"]) / f"agentflow-{os.getuid()}-{broken.id}"
+    assert len(list(folder.glob("spill-*.json"))) == 1
+    broken.mend()
+    broken.close()
+    again = Journal.open(broken.path)
+    assert again.get("a") == "paid" and not list(folder.glob("spill-*"))
+    again.close()
+
+
+def test_a_spilled_document_of_a_lost_lease_is_not_written_but_the_reply_is(broken):
+    broken.mend()
+    broken.commit([Put("lease/r", '{"token":1,"x":1}'), Put("doc", "old")])
+    broken._keep([Add("reply", "paid"), Put("doc", "stale")], Fence("lease/r", 1))
+    broken._writer.before = None
+    broken.commit([Put("lease/r", '{"token":2,"x":1}'), Put("doc", "newer")])
+    broken._writer.before = broken._take_in
+    broken.commit([Add("x", "1")])
+    assert (broken.get("reply"), broken.get("doc")) == ("paid", "newer")
+
+
+def test_a_lost_lease_refuses_a_paid_commit_without_spilling(journal):
+    with pytest.raises(LeaseLost):
+        journal.commit([Add("a", "1")], fence=Fence("lease/r", 3), paid=True)
+    assert journal.get("a") is None
+
+
+def test_a_paid_commit_waits_for_a_lock_only_as_long_as_its_limit(journal):
+    journal.paid_retry_seconds = 0.1
+    started = time.monotonic()
+    with holding_the_lock(journal):
+        assert journal.commit([Add("a", "paid")], paid=True) == [True]
+        assert time.monotonic() - started < 5
+        assert journal.get("a") == "paid"
+    journal.commit([Add("b", "1")])
+    assert sql(journal.path, "SELECT value FROM Cache WHERE key = 'a'") == [("paid",)]
+
+
+# -- the default place -----------------------------------------------------------------------------
+
+
+def test_the_default_place_is_the_project_of_the_script_then_of_the_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("AGENTFLOW_PATH", raising=False)
+    script = tmp_path / "p" / "pkg" / "main.py"
+    script.parent.mkdir(parents=True)
+    (tmp_path / "q" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "q" / "deep")
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", str(script), raising=False)
+    assert default_path() == script.parent / ".agentflow"
+    (tmp_path / "q" / ".git").mkdir()
+    assert default_path() == tmp_path / "q" / ".agentflow"
+    (tmp_path / "p" / "pyproject.toml").write_text("")
+    assert default_path() == tmp_path / "p" / ".agentflow"
+    monkeypatch.delattr(main, "__file__")
+    assert default_path() == tmp_path / "q" / ".agentflow"
+    monkeypatch.setenv("AGENTFLOW_PATH", "~/x")
+    assert default_path() == Path.home() / "x"
