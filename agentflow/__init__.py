@@ -14,13 +14,14 @@ from agentflow.calls import current_step
 from agentflow.codec import register_type
 from agentflow.context import Context
 from agentflow.errors import *  # noqa: F403
+from agentflow.flow import Workflow, workflow
+from agentflow.handles import Plan, Run
 from agentflow.humantask import human_task
 from agentflow.models import Reply
 from agentflow.prompts import Prompt, load_prompt
 from agentflow.records import Decision, HumanTask, Retry, StepRecord
 from agentflow.settings import configure
 from agentflow.steps import parallel, step
-from agentflow.flow import Plan, Run, Workflow, workflow
 
 generateContent = generate_content
 humanTask = human_task

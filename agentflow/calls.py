@@ -12,9 +12,9 @@ from agentflow.errors import StepNotAwaited, UsageError
 
 if TYPE_CHECKING:
     from agentflow.capture import Capture
-    from agentflow.engine import Execution
     from agentflow.index import Slot
     from agentflow.records import Retry
+    from agentflow.run import Execution
 
 
 class Suspend(BaseException):
@@ -81,7 +81,21 @@ class Current:
     every attempt and after a restart: hand it to payment APIs); ``id``.
     """
 
-    __slots__ = ("attempt", "call", "clock", "cost", "id", "idempotency_key", "lent", "name", "parent", "run_id", "sample", "unknown", "used_model")
+    __slots__ = (
+        "attempt",
+        "call",
+        "clock",
+        "cost",
+        "id",
+        "idempotency_key",
+        "lent",
+        "name",
+        "parent",
+        "run_id",
+        "sample",
+        "unknown",
+        "used_model",
+    )
 
     def __init__(self, call: Call, key: str, attempt: int, sample: int) -> None:
         self.call = call
@@ -121,12 +135,44 @@ class Call(Coroutine[Any, Any, Any]):
     """
 
     __slots__ = (
-        "__weakref__", "_it", "args", "capture", "code", "ex", "extra_ops", "finish", "fn", "given", "here",
-        "digest", "ident", "kind", "kwargs", "name", "occ", "options", "place", "policy", "request", "slot", "started",
-        "task", "wait", "why",
+        "__weakref__",
+        "_it",
+        "args",
+        "capture",
+        "code",
+        "digest",
+        "ex",
+        "extra_ops",
+        "finish",
+        "fn",
+        "given",
+        "here",
+        "ident",
+        "kind",
+        "kwargs",
+        "name",
+        "occ",
+        "options",
+        "place",
+        "policy",
+        "request",
+        "slot",
+        "started",
+        "task",
+        "wait",
+        "why",
     )
 
-    def __init__(self, ex: Execution, name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, kind: str) -> None:
+    def __init__(
+        self,
+        ex: Execution,
+        name: str,
+        fn: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: Options,
+        kind: str,
+    ) -> None:
         self.ex = ex
         self.name = name
         self.fn = fn
@@ -158,7 +204,8 @@ class Call(Coroutine[Any, Any, Any]):
         if self.started:
             raise UsageError(f"step {self.name!r} was awaited twice. Keep its result in a variable.")
         self.started = True
-        return self.ex.driver(self)
+        driven: Generator[Any, Any, Any] = self.ex.driver(self)
+        return driven
 
     def send(self, value: Any) -> Any:
         if self._it is None:

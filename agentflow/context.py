@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-
 from agentflow import codec
+from agentflow.blocking import drive_blocking
 from agentflow.calls import PLAIN, Call, here
-from agentflow.drive import PENDING, Wait, drive_blocking
+from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
 from agentflow.errors import UsageError
 from agentflow.index import Row, Slot
@@ -35,7 +35,7 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
         from agentflow.models import Usage
 
         usage, output = Usage(**output["usage"]), output["text"]
-    error = head.get("error")
+    failed = head.get("error")
     return StepRecord(
         name=head["name"],
         id=head["occ"],
@@ -47,7 +47,7 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
         replayed=replayed,
         idempotency_key=head["key"],
         output=output,
-        error=f"{error['name']}: {error['message']}" if error else None,
+        error=f"{failed['name']}: {failed['message']}" if failed else None,
         usage=usage,
         cost=Decimal(cost) if cost is not None and not head.get("unpriced") else None,
         model=head.get("model"),
@@ -75,7 +75,8 @@ class Steps:
 
     def get(self, name: str) -> StepRecord | None:
         """The last step of that name, or None."""
-        return self[name] if name in self else None
+        slots = self._ex.seen.get(name)
+        return self._view(slots[-1]) if slots else None
 
     def all(self, name: str) -> list[StepRecord]:
         """All steps of that name, in the order in which they ended."""
@@ -129,7 +130,7 @@ class Context:
         """
         length = seconds(duration, what="ctx.sleep")
         if length is None:
-            raise UsageError("ctx.sleep(None): give seconds or a duration such as \"30d\".")
+            raise UsageError('ctx.sleep(None): give seconds or a duration such as "30d".')
         ex = self._ex
         call = Call(ex, f"sleep {duration}", None, (), {}, PLAIN, "sleep")
         call.started = True
@@ -148,7 +149,9 @@ class Context:
             from agentflow.journal import Add
 
             ex.journal.commit([Add(key, repr(due))], fence=ex.fence)
-        return Wait(lambda: None if ex.clock() >= due else PENDING, {"kind": "sleep", "id": call.occ, "until": due}, due)
+        return Wait(
+            lambda: None if ex.clock() >= due else PENDING, {"kind": "sleep", "id": call.occ, "until": due}, due
+        )
 
     def _value(self, kind: str, name: str, make: Callable[[], Any]) -> Any:
         if not isinstance(name, str):
@@ -171,9 +174,9 @@ class Context:
         slot, now = ex.own_slot(call), ex.clock()
         head = {
             "name": call.name, "kind": "value", "status": "completed", "run": ex.run_id, "workflow": ex.workflow,
-            "occ": call.occ, "scope": call.here.scope, "branch": ex.branch_of(call), "epoch": call.here.epoch, "given": kind,
-            "t0": now, "t1": now, "asked": now, "w0": ex.session, "s0": ex.next(), "s1": ex.next(), "attempts": 1,
-            "sample": 0, "key": "", "code": "",
+            "occ": call.occ, "scope": call.here.scope, "branch": ex.branch_of(call), "epoch": call.here.epoch,
+            "given": kind, "t0": now, "t1": now, "asked": now, "w0": ex.session, "s0": ex.next(), "s1": ex.next(),
+            "attempts": 1, "sample": 0, "key": "", "code": "",
         }  # fmt: skip
         ex.journal.commit([ex.records.record(slot, Row.compose(head, text, ""))], fence=ex.fence)
         ex.committed(slot)
@@ -183,5 +186,3 @@ class Context:
 
 def _given(text: str) -> str:
     return text.ljust(20, "_")[:20].replace("/", "_").replace(".", "_").replace("+", "_")
-
-

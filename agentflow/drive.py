@@ -1,4 +1,4 @@
-"""The two drivers of ``engine.process``: one on an asyncio loop, one in the calling thread.
+"""The driver of ``engine.process`` on an asyncio loop; ``blocking.py`` is the other one.
 
 Both perform the same effects; what happens next is decided in the engine alone. This file also knows the
 tasks of a run: which branch each is, and whether anything in the run can still go on.
@@ -9,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import queue
-import threading
-import time
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentflow.calls import Call, Current, Here, Suspend, here
-from agentflow.engine import located, process
+from agentflow.engine import process
 from agentflow.errors import StepTimeout
+from agentflow.reuse import located
 from agentflow.run import Execution
+from agentflow.workers import threads
 
 PENDING: Any = object()
 
@@ -37,9 +36,6 @@ class Wait:
         self.check = check
         self.info = info
         self.due = due
-
-
-# -- asyncio -------------------------------------------------------------------------------
 
 
 def drive(call: Call) -> Generator[Any, Any, Any]:
@@ -90,7 +86,7 @@ async def _settle(ex: Execution) -> None:
         seen = count
 
 
-def _inside(call: Call, current: Current) -> Here:
+def inside(call: Call, current: Current) -> Here:
     """The place of code inside the step's function."""
     task = _task()
     return Here(call.ex, call.occ, "0", "", f"{call.here.epoch}.{current.sample}", current, task)
@@ -104,7 +100,7 @@ def _task() -> Any:
 
 
 async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
-    token = here.set(_inside(call, current))
+    token = here.set(inside(call, current))
     try:
         if timeout is None:
             return await _invoke(call)
@@ -164,44 +160,6 @@ async def _in_thread(call: Call) -> Any:
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         future.add_done_callback(came_back)
         raise
-
-
-class _Threads:
-    """Daemon threads, reused: one that never comes back must not keep the process from ending."""
-
-    def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._idle = 0
-        self._lock = threading.Lock()
-
-    def submit(
-        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._lock:
-            start = self._idle == 0
-            if not start:
-                self._idle -= 1
-        if start:
-            threading.Thread(target=self._loop, name="agentflow-step", daemon=True).start()
-        self._work.put((future, context, fn, args, kwargs))
-        return future
-
-    def _loop(self) -> None:
-        while True:
-            future, context, fn, args, kwargs = self._work.get()
-            try:
-                result = context.run(fn, *args, **kwargs)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-            del future, context, fn, args, kwargs
-            with self._lock:
-                self._idle += 1
-
-
-threads = _Threads()
 
 
 # -- the tasks of a run --------------------------------------------------------------------
@@ -344,8 +302,10 @@ def _waits_for_tasks(task: Any, ex: Execution) -> bool:
         return True
     innermost = _innermost(task.get_coro())
     name = innermost.co_filename.replace("\\", "/") if innermost is not None else ""
-    return "/asyncio/" in name and not name.endswith(("streams.py", "events.py", "subprocess.py")) and (
-        innermost is None or innermost.co_name != "sleep"
+    return (
+        "/asyncio/" in name
+        and not name.endswith(("streams.py", "events.py", "subprocess.py"))
+        and (innermost is None or innermost.co_name != "sleep")
     )
 
 
@@ -410,152 +370,3 @@ async def _clean_up(ex: Execution) -> None:
         ex.say("waiting for a paid model call in flight, so that its reply is recorded")
         await asyncio.wait(set(ex.stragglers), timeout=120)
     ex.closed = True
-
-
-# -- the calling thread --------------------------------------------------------------------
-
-
-def drive_blocking(call: Call) -> Any:
-    """Run ``process`` in the calling thread."""
-    call.started = True
-    ex = call.ex
-    steps = process(call)
-    send: Any = steps.send
-    value: Any = None
-    while True:
-        try:
-            effect = send(value)
-        except StopIteration as stop:
-            return stop.value
-        try:
-            kind = effect[0]
-            value = None
-            if kind == "attempt":
-                value = _attempt_blocking(call, effect[1], effect[2])
-            elif kind == "commit":
-                value = ex.journal.commit(effect[1], fence=ex.fence, paid=effect[2])
-            elif kind == "sleep":
-                time.sleep(effect[1])
-            elif kind == "settle":
-                time.sleep(0)
-            else:
-                value = park_blocking(ex, effect[1] if kind == "park" else ex.ask(effect[1]))
-            send = steps.send
-        except BaseException as error:
-            send, value = steps.throw, error
-
-
-def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> Any:
-    ex = call.ex
-    token = here.set(_inside(call, current))
-    try:
-        if call.wait is not None:
-            return park_blocking(ex, call.wait())
-        is_async = call.kind == "ai" or (call.capture is not None and call.capture.is_async)
-        if not is_async and timeout is None:
-            result = call.fn(*call.args, **call.kwargs)
-            if not inspect.isawaitable(result):
-                return result
-            return portal.call(_await, result)
-        context = contextvars.copy_context()
-        if is_async:
-            future = portal.start(context, call.fn, call.args, call.kwargs)
-        else:
-            future = threads.submit(context, call.fn, call.args, call.kwargs)
-        version = call.slot.n + 1 if call.slot is not None else 0
-        try:
-            return future.result(timeout)
-        except TimeoutError as error:
-            if future.done():
-                raise
-            if is_async and call.kind != "ai":
-                future.cancel()
-            else:
-                future.add_done_callback(lambda f: f.exception() is None and ex.late(call, version, f.result()))
-            raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
-    finally:
-        here.reset(token)
-
-
-async def _await(value: Any) -> Any:
-    return await value
-
-
-def park_blocking(ex: Execution, wait: Wait | None) -> Any:
-    """Wait in the calling thread; leaves by ``Suspend`` unless the run is to stay or the time is near."""
-    pause = 0.001
-    while True:
-        if wait is not None:
-            result = wait.check()
-            if result is not PENDING:
-                return result
-        near = wait is not None and wait.due is not None and wait.due - ex.clock() <= 60
-        if not ex.stay and not near:
-            ex.suspended = True
-            ex.waits = [wait] if wait is not None else []
-            raise Suspend
-        left = wait.due - ex.clock() if wait is not None and wait.due is not None else pause
-        time.sleep(max(0.0, min(pause, left)))
-        pause = min(pause * 2, 0.25)
-
-
-class _Portal:
-    """One loop in a daemon thread, for async functions that plain code calls."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()
-
-    def loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None or not self._loop.is_running():
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="agentflow-loop", daemon=True).start()
-                while not self._loop.is_running():
-                    time.sleep(0.0005)
-            return self._loop
-
-    def start(
-        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Future[Any]:
-        loop = self.loop()
-        future: Future[Any] = Future()
-
-        def begin() -> None:
-            try:
-                task = context.run(loop.create_task, _await_call(fn, args, kwargs))
-            except BaseException as error:
-                future.set_exception(error)
-                return
-            task.add_done_callback(lambda done: _copy(done, future))
-            future.add_done_callback(lambda f: f.cancelled() and loop.call_soon_threadsafe(task.cancel))
-
-        loop.call_soon_threadsafe(begin)
-        return future
-
-    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """Run an async function there and wait; Ctrl-C cancels it."""
-        future = self.start(contextvars.copy_context(), fn, args, {})
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-
-async def _await_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return await fn(*args, **kwargs)
-
-
-def _copy(task: asyncio.Task[Any], future: Future[Any]) -> None:
-    if future.cancelled():
-        task.cancelled() or task.exception()
-    elif task.cancelled():
-        future.set_exception(asyncio.CancelledError())
-    elif (error := task.exception()) is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(task.result())
-
-
-portal = _Portal()

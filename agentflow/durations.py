@@ -33,13 +33,15 @@ def seconds(value: Duration | None, *, what: str = "duration") -> float | None:
     if isinstance(value, timedelta):
         result = value.total_seconds()
     elif isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise UsageError(f'{what}={value!r} is not a duration. Write seconds (30), text ("30s", "1h30m") or a timedelta.')
+        raise UsageError(
+            f'{what}={value!r} is not a duration. Write seconds (30), text ("30s", "1h30m") or a timedelta.'
+        )
     elif isinstance(value, str):
         text = value.strip().lower()
         parts = _PART.findall(text)
         if not parts or _PART.sub("", text).strip():
             raise UsageError(
-                f"{what}={value!r} is not a duration. Use numbers with ms, s, m, h, d or w, such as \"30s\" or \"1h30m\"."
+                f'{what}={value!r} is not a duration. Use numbers with ms, s, m, h, d or w, such as "30s" or "1h30m".'
             )
         result = math.fsum(float(number) * _UNITS[unit] for number, unit in parts)
     else:

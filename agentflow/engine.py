@@ -49,9 +49,9 @@ from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
 from agentflow.records import ONCE, Retry
+from agentflow.reuse import Effect, find, judge, like, located
 from agentflow.run import Attempts
 
-Effect = tuple[Any, ...]
 Process = Generator[Effect, Any, Any]
 
 # Not failures of the step: these leave it as it is and the run resumable.
@@ -75,197 +75,10 @@ def process(call: Call) -> Process:
         return (yield from _keyed(call))
     if ex.scratch:
         return (yield from _claimed(call))
-    row = yield from _find(call)
+    row = yield from find(call)
     if row is not None:
         return ex.deliver(call, row)
     return (yield from _run(call))
-
-
-def located(error: Any, call: Call) -> Any:
-    """The error, with the step and the run it speaks of."""
-    error.step, error.run_id = call.name, call.ex.run_id
-    return error
-
-
-def _find(call: Call) -> Generator[Effect, Any, Row | None]:
-    """The record to reuse, or None to run; ``call.slot`` is the slot to use either way."""
-    ex = call.ex
-    slot = call.slot
-    if slot is None:
-        taken = ex.records.at(call.ident, call.place)
-        if taken is not None and taken.claimed == "lent":
-            raise located(
-                NondeterministicStep(
-                    f"step {call.name!r} was recorded once, was reused for a call that differs from it only by a clock "
-                    "reading, uuid or address, and is now asked for exactly. Use ctx.now() or ctx.uuid4(), or give the "
-                    "step an idempotency_key."
-                ),
-                call,
-            )
-        slot = ex.in_branch(call)
-        if slot is None and ex.others(call):
-            # Siblings that have this record in their own place get the chance to claim it first.
-            yield ("settle",)
-            slot = ex.elsewhere(call) or _like(call)
-        if slot is None:
-            if ex.others(call):
-                _refuse_changed(call)
-                ex.missed(call)
-            return None
-        call.slot = slot
-        slot.claimed = slot.claimed or True
-    return _judge(call, slot)
-
-
-def _judge(call: Call, slot: Slot) -> Row | None:
-    """The version of a slot that may be reused, by the rules for edited code and for failures."""
-    ex, options = call.ex, call.options
-    policy = call.policy
-    why = None
-    for n in ex.versions(slot):
-        row = ex.records.row(slot, n)
-        head = row.head
-        late = head.get("late", False)
-        if head.get("ai") and head["epoch"] != call.here.epoch:
-            continue
-        if late and not ex.retries(slot, n):
-            continue
-        edited = _edited(call, head)
-        if edited and policy == "error":
-            raise located(
-                StepChanged(
-                    f"step {call.name!r} of {ex.run_id} was recorded with other code ({_parts(call, head)}) and "
-                    f'on_change="error" refuses that. Go back, or rerun=[{call.name!r}], or on_change="auto".'
-                ),
-                call,
-            )
-        model_step = head.get("ai") or (call.code is not None and call.code.reaches_model)
-        if edited and (policy == "rerun" or (policy == "auto" and model_step)):
-            why = why or _parts(call, head)
-            continue
-        if head["status"] == "failed":
-            again = ex.again(call, head)
-            if again is None:
-                return row
-            why = why or again
-            break
-        if options.secret or head.get("secret"):
-            why = "its output is not recorded"
-            break
-        if options.max_age is not None and ex.clock() - head["t1"] > options.max_age:
-            why = "its record is older than max_age"
-            break
-        if edited:
-            ex.say_once(f"{call.name}: record kept although code changed ({_parts(call, head)})")
-        return row
-    if why is None and slot.n >= 0 and slot.gone:
-        why = "undone before" if slot.voids() else "asked for by rerun"
-    call.why = why
-    if why is not None:
-        ex.say(f"{call.name} ran again: {why}")
-    return None
-
-
-def _edited(call: Call, head: dict[str, Any]) -> bool:
-    if call.code is None or call.policy == "reuse":
-        return False
-    if head["code"] != call.code.digest:
-        return True
-    if (head.get("ai") or call.code.reaches_model) and head.get("model_default") != call.ex.model():
-        return True
-    return any(call.ex.prompt_digest(path) != digest for path, digest in head.get("prompts", {}).items())
-
-
-def _parts(call: Call, head: dict[str, Any]) -> str:
-    from agentflow.codedigest import changed_parts
-
-    old = call.ex.journal.get(f"c/{head['code']}")
-    names = changed_parts(orjson.loads(old) if old else (), call.code.parts)
-    names += [
-        f"{path} edited" for path, digest in head.get("prompts", {}).items() if call.ex.prompt_digest(path) != digest
-    ]
-    if not names and head.get("model_default") != call.ex.model():
-        names = [f"model changed from {head.get('model_default')} to {call.ex.model()}"]
-    return ", ".join(names[:4]) or "code changed"
-
-
-def _like(call: Call) -> Slot | None:
-    """A record that was given the same but for what the step changed itself, or accidents of the moment."""
-    from agentflow.compare import differences
-
-    ex = call.ex
-    if call.kind not in ("step",) or not call.given:
-        return None
-    lent: list[tuple[Slot, list[Any]]] = []
-    for slot in ex.unclaimed(call)[:500]:
-        n = next(ex.versions(slot), None)
-        if n is None:
-            continue
-        row = ex.records.row(slot, n)
-        head = row.head
-        if not row.given:
-            continue
-        diffs = differences(
-            row.given,
-            call.given,
-            ignore=tuple(head.get("vol", ())),
-            old_window=(head["w0"], head["asked"]),
-            new_window=(ex.session, time.time()),
-            known=ex.known,
-        )
-        if not diffs:
-            return slot
-        if all(d.accident for d in diffs):
-            lent.append((slot, diffs))
-    if not lent:
-        return None
-    slot, diffs = lent[0]
-    if len({ex.records.row(s, next(ex.versions(s))).output for s, _ in lent}) > 1:
-        raise located(
-            NondeterministicStep(
-                f"step {call.name!r}: {len(lent)} records differ from this call only by {_accidents(diffs)} and have "
-                "different results, so that none can be chosen. Use ctx.now() or ctx.uuid4(), or an idempotency_key."
-            ),
-            call,
-        )
-    slot.claimed = "lent"
-    ex.warn(
-        f"{call.name}: reused although {_accidents(diffs)} differs from the recorded one. Read it with "
-        f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
-    )
-    return slot
-
-
-def _accidents(diffs: list[Any]) -> str:
-    words = {"clock": "a clock reading", "uuid": "a uuid4", "address": "a memory address"}
-    return ", ".join(sorted({f"{words[d.accident]} in {d.path}" for d in diffs}))
-
-
-def _refuse_changed(call: Call) -> None:
-    """A step that must not run a second time with other data: an effect, or under ``on_change="error"``."""
-    ex = call.ex
-    effect = call.options.effect or call.options.compensate is not None
-    if not effect and call.policy != "error":
-        return
-    for slot in ex.unclaimed(call):
-        n = next(ex.versions(slot), None)
-        if n is None:
-            continue
-        row = ex.records.row(slot, n)
-        if row.head["status"] != "completed" or row.head["kind"] != call.kind:
-            continue
-        from agentflow.compare import differences, unified
-
-        difference = unified(differences(row.given, call.given)) if row.given and call.given else "(values not kept)"
-        reason = "is an effect and does not run twice" if effect else 'has on_change="error"'
-        raise located(
-            StepChanged(
-                f"step {call.name!r} of {ex.run_id} {reason}, but it is recorded with other data:\n{difference}\n"
-                f"To run it with the new data as well: rerun=[{call.name!r}]. If these are different operations, "
-                "give each its idempotency_key."
-            ),
-            call,
-        )
 
 
 def _keyed(call: Call) -> Process:
@@ -278,7 +91,7 @@ def _keyed(call: Call) -> Process:
     while True:
         row, version = _keyed_row(call, base)
         if row is None:
-            own = _judge(call, call.slot) if call.slot is not None else None
+            own = judge(call, call.slot) if call.slot is not None else None
             if own is not None and own.head["status"] == "failed":
                 return ex.deliver(call, own)
         else:
@@ -289,7 +102,7 @@ def _keyed(call: Call) -> Process:
                         IdempotencyConflict(
                             f"idempotency_key {key!r} of step {call.name!r} already names an operation of workflow "
                             f"{head['workflow']!r} (run {head['run']}) that was given something else. Make the key "
-                            f"more specific, such as f\"{ex.workflow}:{{...}}\"."
+                            f'more specific, such as f"{ex.workflow}:{{...}}".'
                         ),
                         call,
                     )
@@ -342,8 +155,8 @@ def _claimed(call: Call) -> Process:
         call.slot = ex.records.at(call.ident, call.place)
         if call.slot is None:
             ex.records.load(call.ident[:10])
-            call.slot = _like(call)
-        row = _judge(call, call.slot) if call.slot is not None else None
+            call.slot = like(call)
+        row = judge(call, call.slot) if call.slot is not None else None
         if row is not None:
             return ex.deliver(call, row)
         if ex.plan:
@@ -409,13 +222,28 @@ def _run(call: Call, again: int = 0) -> Process:
             delay = 0.0 if lent else _delay(retry, attempt, failure)
             sample += 1 if retry.resample else 0
             data = codec.encode_exception(failure)
-            facts = {"attempt": attempt, "free": lent, "sample": sample, "t0": started, "t1": ended, "delay": delay, "error": data}
-            yield ("commit", [Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())], False)
+            facts = {
+                "attempt": attempt,
+                "free": lent,
+                "sample": sample,
+                "t0": started,
+                "t1": ended,
+                "delay": delay,
+                "error": data,
+            }
+            yield (
+                "commit",
+                [Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())],
+                False,
+            )
             if lent:
                 free += 1
                 ex.say(f"{call.name}: what had been paid for before fails again ({_brief(failure)}); asking anew")
             else:
-                ex.say(f"{call.name}: attempt {attempt} of {retry.max_attempts} failed ({_brief(failure)}); next in {delay:.2g}s")
+                ex.say(
+                    f"{call.name}: attempt {attempt} of {retry.max_attempts} failed ({_brief(failure)}); "
+                    f"next in {delay:.2g}s"
+                )
                 attempt += 1
             yield ("sleep", delay)
             continue
@@ -450,7 +278,9 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
         return None
     text, value = codec.roundtrip(decision.data, where="result")
     current = Current(call, ex.key_of(call, slot.voids()), state.failed + 1, state.sample)
-    head = _head(call, current, slot, ex.next(), time.time(), state.since or ex.clock(), state.failed + 1, state.sample, 1)
+    head = _head(
+        call, current, slot, ex.next(), time.time(), state.since or ex.clock(), state.failed + 1, state.sample, 1
+    )
     yield from _record(call, slot, head, text)
     return ex.finished(call, slot, head, value)
 
@@ -473,7 +303,15 @@ def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Genera
 
 
 def _head(
-    call: Call, current: Current, slot: Slot, order: list[int], asked: float, started: float, attempt: int, sample: int, doubt: int
+    call: Call,
+    current: Current,
+    slot: Slot,
+    order: list[int],
+    asked: float,
+    started: float,
+    attempt: int,
+    sample: int,
+    doubt: int,
 ) -> dict[str, Any]:
     ex = call.ex
     head: dict[str, Any] = {
@@ -526,7 +364,9 @@ def _head(
 
 
 def _retries(retry: Retry, attempt: int, failure: Exception) -> bool:
-    if attempt >= retry.max_attempts or isinstance(failure, UsageError | StepChanged | NondeterministicStep | CapturedChanged):
+    if attempt >= retry.max_attempts or isinstance(
+        failure, UsageError | StepChanged | NondeterministicStep | CapturedChanged
+    ):
         return False
     return retry.retry_if is None or bool(retry.retry_if(failure))
 
@@ -541,4 +381,3 @@ def _brief(failure: BaseException) -> str:
 
     text = str(failure).splitlines()[0][:120] if str(failure) else ""
     return redact(f"{type(failure).__name__}: {text}" if text else type(failure).__name__)
-

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
@@ -20,14 +19,14 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import orjson
 
 from agentflow import codec, human, rundocs, typecheck
+from agentflow.blocking import drive_blocking, run_coroutine
 from agentflow.calls import ON_CHANGE, PLAIN, Call, Suspend, here
 from agentflow.capture import data_digest
 from agentflow.codedigest import code_of
-from agentflow.context import Context, view
-from agentflow.drive import drive, drive_blocking, execute
+from agentflow.context import Context
+from agentflow.drive import drive, execute
 from agentflow.durations import Duration, seconds
 from agentflow.errors import (
-    AgentflowError,
     JournalError,
     LeaseLost,
     RunBusy,
@@ -38,10 +37,11 @@ from agentflow.errors import (
     UsageError,
     Waiting,
 )
+from agentflow.handles import Plan, Run, single, stored_error, waiting, workflows
 from agentflow.index import in_key
 from agentflow.journal import Add, Journal, Put
 from agentflow.lease import Lease, acquire
-from agentflow.records import StepRecord, moment, money
+from agentflow.records import moment, money
 from agentflow.run import Execution, PlanStep
 from agentflow.scratch import open_journal
 from agentflow.settings import log
@@ -49,8 +49,6 @@ from agentflow.steps import make_call
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_known: dict[str, Workflow[..., Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,138 +58,6 @@ class RunOptions:
     rerun: tuple[str, ...] = ()
     wait: bool = False
     busy: str = "raise"
-
-
-class Plan:
-    """What a run would do now: one line a step, nothing spent.
-
-    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost); ``dollars`` (what the
-    changed steps had cost before; None when that is unknown).
-    """
-
-    def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
-        self.run_id = run_id
-        self.steps = steps
-        open_ = [step for step in steps if step.state in ("changed", "new")]
-        costs = [step.cost for step in open_]
-        self.dollars: Decimal | None = None if any(c is None for c in costs) else sum((c for c in costs if c), Decimal(0))
-
-    def __str__(self) -> str:
-        lines = [f"{self.run_id} · plan"]
-        for step in self.steps:
-            lines.append(f"  {step.state:<8} {step.name}" + (f" · {step.reason}" if step.reason else ""))
-            lines += [f"             {line}" for line in step.diff.splitlines()]
-        if any(step.state in ("changed", "new") for step in self.steps):
-            lines.append(f"  estimated cost of the steps shown: {money(self.dollars)}; what follows them is not known")
-        return "\n".join(lines)
-
-
-class Run:
-    """One run as the journal has it now. ``await run`` goes on with it and gives its result."""
-
-    def __init__(self, journal: Journal, document: dict[str, Any], workflow: Workflow[..., Any] | None = None) -> None:
-        self._journal = journal
-        self._document = document
-        self._workflow = workflow or _known.get(document["workflow"])
-
-    @property
-    def id(self) -> str:
-        return str(self._document["id"])
-
-    @property
-    def workflow(self) -> str:
-        return str(self._document["workflow"])
-
-    @property
-    def status(self) -> str:
-        """running, waiting, completed, failed, cancelled, or interrupted."""
-        return str(self._document["status"])
-
-    @property
-    def input(self) -> Any:
-        """The arguments, by name; a single argument by itself."""
-        return _single(codec.decode(self._document["input"]))
-
-    @property
-    def output(self) -> Any:
-        """The result of a completed run, else None."""
-        text = self._document.get("output")
-        return None if text is None else codec.decode(text)
-
-    @property
-    def error(self) -> str | None:
-        """Type and message of what failed, else None."""
-        error = self._document.get("error")
-        return f"{error['name']}: {error['message']}" if error else None
-
-    @property
-    def steps(self) -> list[StepRecord]:
-        """The recorded steps, in the order in which they started."""
-        return [view(row) for row in rundocs.rows(self._journal, self.id)]
-
-    @property
-    def waiting_on(self) -> list[dict[str, Any]]:
-        return list(self._document.get("waiting_on", ()))
-
-    @property
-    def cost(self) -> Decimal:
-        """Dollars paid for this run's model calls in all its executions; calls of unknown price not counted."""
-        return Decimal(self._document.get("paid", "0"))
-
-    @property
-    def saved(self) -> Decimal:
-        """Dollars that replays of this run did not pay again."""
-        return Decimal(self._document.get("saved", "0"))
-
-    @property
-    def started_at(self) -> Any:
-        return moment(self._document["created_at"])
-
-    @property
-    def completed_at(self) -> Any:
-        return moment(self._document.get("ended_at"))
-
-    def result(self) -> Any:
-        """The recorded result. Raises the recorded error, or ``Waiting``."""
-        if self.status == "completed":
-            return self.output
-        if self.status == "failed":
-            raise _stored_error(self._document)
-        if self.status == "waiting":
-            raise _waiting(self._document)
-        raise AgentflowError(f"run {self.id} is {self.status}: it has no result yet. Run it again to go on.")
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        if self._workflow is None:
-            raise UsageError(f"run {self.id}: its workflow {self.workflow!r} is not defined in this program; import it first.")
-        return self._workflow._again(self._document).__await__()
-
-    def __repr__(self) -> str:
-        return f"<Run {self.id} {self.status}>"
-
-
-def _single(arguments: dict[str, Any]) -> Any:
-    return next(iter(arguments.values())) if len(arguments) == 1 else arguments
-
-
-def _stored_error(document: dict[str, Any]) -> BaseException:
-    data = document["error"]
-    attrs = document.get("error_step") or {"step": "", "run_id": document["id"], "attempts": 0, "error_type": data["name"]}
-    return codec.rebuild_exception(data, StepFailed, {**attrs, "data": data.get("data", {}), "replayed": True})
-
-
-def _waiting(document: dict[str, Any]) -> Waiting:
-    run_id, waits = document["id"], document.get("waiting_on", [])
-    lines = []
-    for wait in waits:
-        if wait["kind"] == "task":
-            who = wait["assign_to"] if isinstance(wait["assign_to"], str) else ", ".join(wait["assign_to"] or ()) or "anybody"
-            lines.append(
-                f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): agentflow tasks approve {wait['id']}"
-            )
-        else:
-            lines.append(f"{wait['kind']} until {moment(wait['until'])}" if "until" in wait else wait["kind"])
-    return Waiting(f"run {run_id} waits for {'; '.join(lines)}. Run it again afterwards.", run_id, waits)
 
 
 class _Opened:
@@ -230,7 +96,9 @@ class Workflow(Generic[P, T]):
         self._run_options = options or RunOptions()
         parameters = list(inspect.signature(fn).parameters.values())
         if not parameters:
-            raise UsageError(f"workflow {name!r}: its function needs a first parameter for the context: def {fn.__name__}(ctx, ...).")
+            raise UsageError(
+                f"workflow {name!r}: its function needs a first parameter for the context: def {fn.__name__}(ctx, ...)."
+            )
         self._signature = inspect.Signature(parameters[1:])
         self.__name__ = getattr(fn, "__name__", name)
         self.__doc__ = fn.__doc__
@@ -345,7 +213,7 @@ class Workflow(Generic[P, T]):
             document["retry_upto"] = document["epoch"]
         ex = self._execution(journal, run_id, document, arguments, prior)
         ex.plan = True
-        return ex, Context(ex, _single(arguments), self._blocking), arguments
+        return ex, Context(ex, single(arguments), self._blocking), arguments
 
     def _plan_ends(self, ex: Execution, error: BaseException) -> None:
         """A body that is stopped on the way may fail in any way; a wrong call is still told."""
@@ -359,7 +227,9 @@ class Workflow(Generic[P, T]):
         journal = open_journal()
         document = rundocs.find(journal, run_id)
         if document["workflow"] != self.name:
-            raise RunNotFound(f"run {document['id']} belongs to workflow {document['workflow']!r}, not to {self.name!r}.")
+            raise RunNotFound(
+                f"run {document['id']} belongs to workflow {document['workflow']!r}, not to {self.name!r}."
+            )
         return Run(journal, document, self)
 
     def runs(self, *, status: str | None = None, limit: int | None = None) -> list[Run]:
@@ -367,7 +237,7 @@ class Workflow(Generic[P, T]):
         journal = open_journal()
         return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
 
-    def _again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+    def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         named = self._copy(replace(self._run_options, run_id=document["id"], fresh=False))
         return named._run(codec.decode(document["input"]))
 
@@ -388,7 +258,7 @@ class Workflow(Generic[P, T]):
         if ids is not None:
             ids.append(opened.ex.run_id)
         ex = opened.ex
-        context_ = Context(ex, _single(opened.arguments), False)
+        context_ = Context(ex, single(opened.arguments), False)
         outer = here.set(None)
         try:
             value = await execute(ex, lambda: self._body(context_, opened.arguments))
@@ -436,7 +306,7 @@ class Workflow(Generic[P, T]):
         ex = opened.ex
         if ids is not None:
             ids.append(ex.run_id)
-        context = Context(ex, _single(opened.arguments), True)
+        context = Context(ex, single(opened.arguments), True)
         outer = here.set(ex.root)
         try:
             result = self._result(ex, self._body(context, opened.arguments))
@@ -483,19 +353,17 @@ class Workflow(Generic[P, T]):
             if not isinstance(run_id, str) or not run_id:
                 raise UsageError(f"workflow {self.name!r}: run_id= gave {run_id!r}; it has to give non-empty text.")
         if run_id is not None and self._run_options.fresh:
-            current = journal.get(f"p/{in_key(self.name)}/={in_key(run_id)}") or run_id
-            run_id = _next_id(journal, run_id, current)
-            return None, run_id
+            return None, _next_id(journal, run_id)
         if run_id is not None:
             if self._run_options.run_id is None:
                 run_id = journal.get(f"p/{in_key(self.name)}/={in_key(run_id)}") or run_id
             return rundocs.read(journal, run_id), run_id
         digest = self._input_digest(arguments)
-        current = journal.get(f"p/{in_key(self.name)}/{digest}")
-        if current is not None and not self._run_options.fresh:
-            return rundocs.read(journal, current), current
+        latest = journal.get(f"p/{in_key(self.name)}/{digest}")
+        if latest is not None and not self._run_options.fresh:
+            return rundocs.read(journal, latest), latest
         base = _short_id(journal, rundocs.slug(self.name), digest)
-        return None, base if current is None else _next_id(journal, base, current)
+        return None, base if latest is None else _next_id(journal, base)
 
     def _input_digest(self, arguments: dict[str, Any]) -> str:
         defaults = {name: p.default for name, p in self._signature.parameters.items() if p.default is not p.empty}
@@ -517,11 +385,19 @@ class Workflow(Generic[P, T]):
         new = document is None
         ops: list[Any] = []
         if document is None:
-            document = {"id": run_id, "workflow": self.name, "created_at": time.time(), "epoch": 1, "digest": self._input_digest(given)}
+            document = {
+                "id": run_id,
+                "workflow": self.name,
+                "created_at": time.time(),
+                "epoch": 1,
+                "digest": self._input_digest(given),
+            }
             document |= {"input": text, "code": self._code(), "status": None}
             ops = rundocs.write(document, "running")
             ops[0] = Add(f"r/{in_key(run_id)}", orjson.dumps(document).decode())
-            named = f"={in_key(self._named(arguments))}" if self._run_id or self._run_options.run_id else document["digest"]
+            named = (
+                f"={in_key(self._named(arguments))}" if self._run_id or self._run_options.run_id else document["digest"]
+            )
             ops.append(Put(f"p/{in_key(self.name)}/{named}", run_id))
         lease = acquire(journal, rundocs.lease_key(run_id), ops=ops, what=f"run {run_id}", run_id=run_id)
         try:
@@ -540,20 +416,28 @@ class Workflow(Generic[P, T]):
         return self._run_options.run_id or str(self._run_id(*arguments.values()) if self._run_id else "")
 
     def _opened(
-        self, journal: Journal, document: dict[str, Any], lease: Lease, prior: str | None, text: str, arguments: dict[str, Any]
+        self,
+        journal: Journal,
+        document: dict[str, Any],
+        lease: Lease,
+        prior: str | None,
+        text: str,
+        arguments: dict[str, Any],
     ) -> _Opened:
         run_id, options = document["id"], self._run_options
         if prior == "cancelled":
             raise RunCancelled(f"run {run_id} was cancelled. Begin a new one: .options(fresh=True).")
         if prior == "failed" and document.get("compensated") == "done" and not options.rerun:
-            error = _stored_error(document)
+            error = stored_error(document)
             log.warning(
-                "%s · failed before and was compensated: nothing is repeated. To try again, which does undone steps anew: "
+                "%s · failed before and was compensated: nothing is repeated. To try again, undone steps anew: "
                 "rerun=[%r], or fresh=True for a new run",
                 run_id,
                 getattr(error, "step", "") or "step",
             )
-            error.add_note(f"Run {run_id} failed and was compensated; nothing was repeated. Try again with rerun=[...] or fresh=True.")
+            error.add_note(
+                f"Run {run_id} failed and was compensated; nothing was repeated. Again: rerun=[...] or fresh=True."
+            )
             raise error
         ops: list[Any] = []
         if prior is not None:
@@ -568,7 +452,6 @@ class Workflow(Generic[P, T]):
                 document["input"] = text
             document.pop("waiting_on", None)
             ops += rundocs.write(document, "running")
-            ops += [] if document.get("code") == self._code() else []
             journal.commit(ops, fence=lease.fence)
         ex = self._execution(journal, run_id, document, arguments, prior)
         ex.fence = lease.fence
@@ -577,7 +460,12 @@ class Workflow(Generic[P, T]):
         return _Opened(ex, document, lease, arguments)
 
     def _execution(
-        self, journal: Journal, run_id: str, document: dict[str, Any] | None, arguments: dict[str, Any], prior: str | None
+        self,
+        journal: Journal,
+        run_id: str,
+        document: dict[str, Any] | None,
+        arguments: dict[str, Any],
+        prior: str | None,
     ) -> Execution:
         ex = Execution(journal, run_id, self.name, drive, on_change=self.on_change)
         ex.ask = human.ask_in_doubt
@@ -599,7 +487,7 @@ class Workflow(Generic[P, T]):
         rows = rundocs.rows(journal, run_id)
         known = {row.head["name"] for row in rows} | {row.head["occ"] for row in rows}
         for name in self._run_options.rerun:
-            if name not in known and not journal.get(f"r/{in_key(run_id)}") is None:
+            if name not in known and journal.get(f"r/{in_key(run_id)}") is not None:
                 names = ", ".join(sorted({repr(row.head["name"]) for row in rows})) or "none"
                 raise UsageError(f"rerun=[{name!r}]: run {run_id} has no step of that name. It has: {names}.")
 
@@ -620,13 +508,17 @@ class Workflow(Generic[P, T]):
             raise value.unawaited()
         if ex.not_awaited:
             name = ex.not_awaited[0]
-            raise StepNotAwaited(f"step {name!r} was called and never awaited, so it did not run. Write: await step({name!r}, ...)")
+            raise StepNotAwaited(
+                f"step {name!r} was called and never awaited, so it did not run. Write: await step({name!r}, ...)"
+            )
         return codec.roundtrip(value, where="result")
 
     def _before_undoing(self, opened: _Opened) -> None:
         if opened.ex.compensations:
             opened.document["undoing"] = True
-            opened.ex.journal.commit([Put(f"r/{opened.ex.key}", orjson.dumps(opened.document).decode())], fence=opened.ex.fence)
+            opened.ex.journal.commit(
+                [Put(f"r/{opened.ex.key}", orjson.dumps(opened.document).decode())], fence=opened.ex.fence
+            )
 
     def _to_undo(self, ex: Execution) -> list[tuple[Call, Any, Any]]:
         return ex.compensations[::-1]
@@ -648,7 +540,9 @@ class Workflow(Generic[P, T]):
         for call, slot, value in self._to_undo(ex):
             try:
                 await self._undoing(ex, call, slot, value)
-            except Exception as error:  # the others are undone all the same; the run's document says that one is missing
+            except (
+                Exception
+            ) as error:  # the others are undone all the same; the run's document says that one is missing
                 ex.warn(f"{call.name}: its compensation failed ({type(error).__name__}: {error})")
                 ex.undo_failed = True
 
@@ -692,7 +586,7 @@ class Workflow(Generic[P, T]):
         document["due"] = min((wait.due for wait in waits if wait.due is not None), default=None)
         self._close(opened, "waiting")
         self._summary(ex, "waiting")
-        return _waiting(document)
+        return waiting(document)
 
     def _close(self, opened: _Opened, status: str) -> None:
         ex, document = opened.ex, opened.document
@@ -713,7 +607,9 @@ class Workflow(Generic[P, T]):
         try:
             opened.lease.release(rundocs.write(opened.document, "interrupted"))
         except LeaseLost:
-            log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
+            log.warning(
+                "%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id
+            )
         except JournalError as error:
             log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)
         else:
@@ -757,55 +653,11 @@ def _short_id(journal: Journal, name: str, digest: str) -> str:
     return f"{name}-{letters}"
 
 
-def _next_id(journal: Journal, base: str, current: str) -> str:
+def _next_id(journal: Journal, base: str) -> str:
     number = 2
     while rundocs.read(journal, f"{base}-{number}") is not None:
         number += 1
     return f"{base}-{number}" if rundocs.read(journal, base) is not None else base
-
-
-def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end from plain code, in a thread of its own where a loop is running already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        running = False
-    else:
-        running = True
-    if not running:
-        return asyncio.run(coroutine)
-    context = contextvars.copy_context()
-    box: list[Any] = []
-    ready = threading.Event()
-
-    async def main() -> T:
-        box.append((asyncio.get_running_loop(), asyncio.current_task()))
-        ready.set()
-        return await coroutine
-
-    outcome: list[Any] = []
-
-    def target() -> None:
-        try:
-            outcome.append((True, context.run(asyncio.run, main())))
-        except BaseException as error:
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=target, name="agentflow-run", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        ready.wait(5)
-        if box:
-            box[0][0].call_soon_threadsafe(box[0][1].cancel)
-        thread.join(30)
-        raise
-    ok, value = outcome[0]
-    if not ok:
-        raise value
-    result: T = value
-    return result
 
 
 class _Decorator:
@@ -813,7 +665,8 @@ class _Decorator:
         self._options = options
 
     def __call__(self, fn: Callable[Concatenate[Context, P], Coroutine[Any, Any, T]]) -> Workflow[P, T]:
-        return define(fn, **self._options)
+        made: Workflow[P, T] = define(fn, **self._options)
+        return made
 
 
 @overload
@@ -859,11 +712,11 @@ def workflow(
         on_change: what an edit of a step's code means for its steps: "auto", "rerun", "reuse" or "error".
         run_id: a function of the input that gives the run's id. None: the id comes from the input's content.
     """
-    options = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
+    options: dict[str, Any] = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
     if callable(name) and not isinstance(name, str):
         return define(name, None, **options)
     if name is not None and (not isinstance(name, str) or not name.strip()):
-        raise UsageError(f"workflow name {name!r} is not text. Write @workflow(\"process-order\").")
+        raise UsageError(f'workflow name {name!r} is not text. Write @workflow("process-order").')
     if execute is not None:
         return define(execute, name, **options)
     return _Decorator(name=name, **options)
@@ -879,7 +732,7 @@ def define(
     run_id: Callable[..., str] | None = None,
     blocking: bool = False,
     kind: Any = None,
-) -> Workflow[..., Any]:
+) -> Any:
     """A workflow of a function, known by its name in this process."""
     if not callable(fn):
         raise UsageError(f"workflow(execute={fn!r}): give an async function of (ctx, ...).")
@@ -891,14 +744,14 @@ def define(
     if run_id is not None and not callable(run_id):
         raise UsageError("workflow(run_id=...): a function of the input, such as lambda order: order.id.")
     made: Workflow[..., Any] = (kind or Workflow)(
-        fn, name or getattr(fn, "__name__", "workflow"), on_change=on_change, run_id=run_id, blocking=blocking
+        fn, name or str(getattr(fn, "__name__", "workflow")), on_change=on_change, run_id=run_id, blocking=blocking
     )
-    _known[made.name] = made
+    workflows[made.name] = made
     return made
 
 
 def known(name: str) -> Workflow[..., Any] | None:
-    return _known.get(name)
+    return workflows.get(name)
 
 
 __all__ = ["Context", "Plan", "Run", "Workflow", "define", "known", "run_coroutine", "workflow"]

@@ -16,7 +16,7 @@ from agentflow.capture import data_digest, data_text
 from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
 from agentflow.errors import HumanTaskExpired, NondeterministicStep, NotRecordable, TaskRejected, UsageError
-from agentflow.index import NS, in_key, short
+from agentflow.index import NS, short
 from agentflow.journal import Drop, Put
 from agentflow.records import Decision, HumanTask, moment
 from agentflow.run import Execution
@@ -30,9 +30,11 @@ def human_call(
 ) -> Call:
     """The call behind ``human_task``; checks everything before a task is opened."""
     if not isinstance(type, str) or not type.strip():
-        raise UsageError(f"human_task(type={type!r}): a word such as \"approve\", \"review\" or \"input\".")
+        raise UsageError(f'human_task(type={type!r}): a word such as "approve", "review" or "input".')
     names = [assign_to] if isinstance(assign_to, str) or assign_to is None else assign_to
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names if name is not None):
+    if not isinstance(names, list | tuple) or not all(
+        isinstance(name, str) and name for name in names if name is not None
+    ):
         raise UsageError(f"human_task(assign_to={assign_to!r}): a name, a list of names, or None for anybody.")
     if title is not None and not isinstance(title, str):
         raise UsageError(f"human_task(title={title!r}) is not text.")
@@ -40,7 +42,7 @@ def human_call(
     place = here.get()
     if place is None or place.ex.scratch:
         raise UsageError(
-            "human_task needs a workflow, which can wait for the answer: put it into a function decorated with @workflow."
+            "human_task needs a workflow, which can wait for the answer: put it into a function under @workflow."
         )
     shown = codec.encode(data, where="data")
     form = _form(schema)
@@ -50,7 +52,14 @@ def human_call(
     call.started = True
     call.given = data_text(fields)
     call.digest = data_digest(fields)
-    facts = {"type": type, "assign_to": assign_to, "title": title, "schema": form, "data": shown, "digest": data_digest(data)}
+    facts = {
+        "type": type,
+        "assign_to": assign_to,
+        "title": title,
+        "schema": form,
+        "data": shown,
+        "digest": data_digest(data),
+    }
     call.wait = lambda: _wait(call, facts, limit)
     call.finish = lambda outcome: _outcome(call, outcome, schema, on_timeout)
     ex.locate(call, call.digest)
@@ -188,7 +197,10 @@ def withdraw(ex: Execution) -> list[Any]:
             continue
         document = read(ex, ident)
         if document is not None and document["status"] == "open":
-            ops += [Put(f"h/{ident}", orjson.dumps(document | {"status": "withdrawn"}).decode()), Drop(open_key(document))]
+            ops += [
+                Put(f"h/{ident}", orjson.dumps(document | {"status": "withdrawn"}).decode()),
+                Drop(open_key(document)),
+            ]
     return ops
 
 
@@ -205,7 +217,9 @@ def _outcome(call: Call, outcome: dict[str, Any], schema: Any, on_timeout: Any) 
     if schema is None:
         return decision
     if not decision.approved:
-        rejected = TaskRejected(f"task {call.name!r} was rejected by {decision.by or 'somebody'}: {decision.comment or ''}")
+        rejected = TaskRejected(
+            f"task {call.name!r} was rejected by {decision.by or 'somebody'}: {decision.comment or ''}"
+        )
         rejected.decision = decision
         raise rejected
     from pydantic import TypeAdapter
@@ -215,7 +229,9 @@ def _outcome(call: Call, outcome: dict[str, Any], schema: Any, on_timeout: Any) 
 
 def decision_of(outcome: dict[str, Any]) -> Decision:
     data = codec.decode(outcome["data"]) if outcome.get("data") is not None else None
-    return Decision(bool(outcome["approved"]), outcome.get("by"), moment(outcome.get("at")), outcome.get("comment"), data)
+    return Decision(
+        bool(outcome["approved"]), outcome.get("by"), moment(outcome.get("at")), outcome.get("comment"), data
+    )
 
 
 def task_of(document: dict[str, Any]) -> HumanTask:
@@ -299,5 +315,3 @@ def _check_form(document: dict[str, Any], data: Any) -> None:
         kind = kinds.get(field.get("type", ""))
         if isinstance(plain, dict) and name in plain and kind is not None and not kind[0](plain[name]):
             raise UsageError(f"task {document['id']}: {name}={plain[name]!r} has to be {kind[1]}.")
-
-

@@ -55,7 +55,7 @@ def human_task(
         data: what the person is shown.
         title: one line for people; names the step. None: the type.
         schema: a pydantic model or other type that the person fills in. None: yes or no.
-        timeout: seconds or a duration from the opening of the task; recorded, a restart does not extend it. None: no end.
+        timeout: seconds or a duration from the opening of the task on; a restart does not extend it. None: no end.
         on_timeout: returned when the time is over. Not given: ``HumanTaskExpired`` is raised.
 
     Returns:

@@ -188,9 +188,7 @@ class Records:
         self._reads += 1
         if rowid and self._used * 4 >= self._reads:
             self._window = {
-                k: v
-                for _, k, v in self.journal.rows(self.prefix, from_rowid=rowid, limit=self.WINDOW)
-                if "!" not in k
+                k: v for _, k, v in self.journal.rows(self.prefix, from_rowid=rowid, limit=self.WINDOW) if "!" not in k
             }
             text = self._window.pop(key, None)
             if text is not None:

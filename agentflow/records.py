@@ -66,7 +66,7 @@ class Retry:
             if isinstance(value, int) and number >= 1000:
                 raise UsageError(
                     f"Retry({name}={value!r}) looks like milliseconds; delays are seconds here: "
-                    f"{name}={number / 1000:g}, or a duration such as \"{number / 1000:g}s\" or \"20m\"."
+                    f'{name}={number / 1000:g}, or a duration such as "{number / 1000:g}s" or "20m".'
                 )
             object.__setattr__(self, name, number)
         if isinstance(self.factor, bool) or not isinstance(self.factor, int | float) or not self.factor >= 1:

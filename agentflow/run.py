@@ -22,7 +22,7 @@ from agentflow import codec
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
-from agentflow.journal import Add, Fence, Journal
+from agentflow.journal import Fence, Journal
 from agentflow.settings import log, settings
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)

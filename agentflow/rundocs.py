@@ -28,7 +28,10 @@ def write(document: dict[str, Any], status: str) -> list[Any]:
     if before is not None and before != status:
         ops.append(Drop(_index(document, before)))
     document["status"] = status
-    ops += [Put(f"r/{in_key(document['id'])}", orjson.dumps(document).decode()), Put(_index(document, status), document["id"])]
+    ops += [
+        Put(f"r/{in_key(document['id'])}", orjson.dumps(document).decode()),
+        Put(_index(document, status), document["id"]),
+    ]
     return ops
 
 
@@ -55,7 +58,13 @@ def listed(
     """Documents, newest first."""
     if status is not None and status not in STATUSES:
         raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
-    wanted = STATUSES if status is None else ("running", "interrupted") if status in ("running", "interrupted") else (status,)
+    wanted = (
+        STATUSES
+        if status is None
+        else ("running", "interrupted")
+        if status in ("running", "interrupted")
+        else (status,)
+    )
     found: list[tuple[str, str]] = []
     for each in wanted:
         prefix = f"x/{each}/"
@@ -103,7 +112,9 @@ def rows(journal: Journal, run_id: str) -> list[Row]:
         else:
             newest[key] = Row(key, text)
     latest: dict[str, Row] = {}
-    for key, row in sorted(newest.items(), key=lambda item: (item[0].rpartition(".")[0], int(item[0].rpartition(".")[2]))):
+    for key, row in sorted(
+        newest.items(), key=lambda item: (item[0].rpartition(".")[0], int(item[0].rpartition(".")[2]))
+    ):
         if key not in gone:
             latest[key.rpartition(".")[0]] = row
     return sorted(latest.values(), key=lambda row: row.head["s0"])

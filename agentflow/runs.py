@@ -5,8 +5,8 @@ from __future__ import annotations
 import builtins
 
 from agentflow import rundocs
+from agentflow.handles import Run
 from agentflow.scratch import open_journal
-from agentflow.flow import Run
 
 
 def list(*, status: str | None = None, workflow: str | None = None, limit: int | None = None) -> builtins.list[Run]:

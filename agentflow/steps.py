@@ -23,10 +23,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 OnChange = Literal["auto", "rerun", "reuse", "error"]
 
-_OPTIONS = ("retry", "timeout", "idempotency_key", "compensate", "effect", "secret", "on_change", "in_doubt", "max_age", "thread")
+_OPTIONS = (
+    "retry",
+    "timeout",
+    "idempotency_key",
+    "compensate",
+    "effect",
+    "secret",
+    "on_change",
+    "in_doubt",
+    "max_age",
+    "thread",
+)
 _HINTS = {
     "retries": "retry=Retry(max_attempts=3)",
-    "maxAttempts": 'retry=Retry(max_attempts=3)',
+    "maxAttempts": "retry=Retry(max_attempts=3)",
     "idempotencyKey": "idempotency_key",
     "timeoutMs": 'timeout="30s"',
     "timeout_ms": 'timeout="30s"',
@@ -58,7 +69,7 @@ def options_of(given: Mapping[str, Any], where: str) -> Options:
         raise UsageError(f"{where}: timeout=0 leaves no time at all. None waits without end.")
     key = values.get("idempotency_key")
     if key is not None and (not isinstance(key, str) or not key):
-        raise UsageError(f"{where}: idempotency_key={key!r} has to be non-empty text, such as f\"charge-{{order.id}}\".")
+        raise UsageError(f'{where}: idempotency_key={key!r} has to be non-empty text, such as f"charge-{{order.id}}".')
     if "compensate" in values and not callable(values["compensate"]):
         raise UsageError(f"{where}: compensate has to be a function of the step's result.")
     for name, allowed in (("on_change", ON_CHANGE), ("in_doubt", ("rerun", "raise", "ask"))):
@@ -75,13 +86,15 @@ def make_call(
 ) -> Call:
     """A located call in the run that is executing here, or in the project's scratch scope."""
     if not isinstance(name, str):
-        raise UsageError(f"step name {name!r} is not text. Write step(\"name\", fn, ...).")
+        raise UsageError(f'step name {name!r} is not text. Write step("name", fn, ...).')
     if not name.strip():
-        raise UsageError("A step needs a name: step(\"fetch\", fn, ...).")
+        raise UsageError('A step needs a name: step("fetch", fn, ...).')
     place = here.get()
     ex = place.ex if place is not None else scratch()
     if ex.scratch and options.compensate is not None:
-        raise UsageError(f"step {name!r}: compensate= undoes a step when its workflow fails; there is no workflow here.")
+        raise UsageError(
+            f"step {name!r}: compensate= undoes a step when its workflow fails; there is no workflow here."
+        )
     captured = capture(fn, args, kwargs)
     call = Call(ex, name, fn, args, kwargs, options, kind)
     call.started = True
@@ -115,7 +128,11 @@ class Step(Generic[P, T]):
 
     def options(self, **options: Any) -> Step[P, T]:
         """The same step with other options: ``charge.options(idempotency_key=order.id)(order)``."""
-        now = {name: getattr(self._options, name) for name in _OPTIONS if getattr(self._options, name) != getattr(PLAIN, name)}
+        now = {
+            name: getattr(self._options, name)
+            for name in _OPTIONS
+            if getattr(self._options, name) != getattr(PLAIN, name)
+        }
         return Step(self.fn, self.name, options_of({**now, **options}, f"step {self.name!r}"), self._start)
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
@@ -146,7 +163,7 @@ class Decorating:
     def __call__(self, fn: Callable[..., Any]) -> Step[Any, Any]:
         if not callable(fn):
             raise UsageError(f"@step(...) decorates a function, not {fn!r}.")
-        return Step(fn, self._name or getattr(fn, "__name__", "step"), self._options, self._start)
+        return Step(fn, self._name or str(getattr(fn, "__name__", "step")), self._options, self._start)
 
 
 @overload
@@ -239,13 +256,13 @@ def entry(name: Any, fn: Any, args: tuple[Any, ...], options: dict[str, Any], st
     """The forms of ``step``; ``start`` is what is done with a call."""
     if fn is None and not args:
         if isinstance(name, str) and not name.strip():
-            raise UsageError("A step needs a name: step(\"fetch\", fn, ...).")
+            raise UsageError('A step needs a name: step("fetch", fn, ...).')
         if isinstance(name, str) or name is None:
             return Decorating(name, options_of(options, f"step {name!r}"), start)
         if callable(name) and not options and not inspect.iscoroutine(name):
             return Decorating(None, PLAIN, start)(name)
     if fn is None:
-        raise UsageError(f"step({name!r}, ...): give a name and a function: step(\"fetch\", fetch, url).")
+        raise UsageError(f'step({name!r}, ...): give a name and a function: step("fetch", fetch, url).')
     return start(make_call(name, fn, args, {}, options_of(options, f"step {name!r}") if options else PLAIN))
 
 
@@ -275,9 +292,11 @@ class _Parallel:
         for index, item in enumerate(items):
             if not inspect.isawaitable(item):
                 where = keys[index] if keys is not None else index
-                raise UsageError(f"parallel: branch {where!r} is {item!r}; give what step(...) returns, or a coroutine.")
+                raise UsageError(
+                    f"parallel: branch {where!r} is {item!r}; give what step(...) returns, or a coroutine."
+                )
         labels = [f"{key}" for key in keys] if keys is not None else [None] * len(items)
-        starts = [functools.partial(_same, item) for item in items]
+        starts: list[Callable[[], Any]] = [functools.partial(_same, item) for item in items]
         results = await _fan_out(starts, labels, concurrency, settle, timeout, items)
         return dict(zip(keys, results, strict=True)) if named and keys is not None else results
 
@@ -305,7 +324,9 @@ class _Parallel:
             raise UsageError(f"parallel.map({fn!r}, ...): the first argument is a function of one item.")
         given = list(items)
         labels = [branch_label("map", item if key is None else key(item)) for item in given]
-        return await _fan_out([functools.partial(_apply, fn, item) for item in given], labels, concurrency, settle, timeout, [])
+        return await _fan_out(
+            [functools.partial(_apply, fn, item) for item in given], labels, concurrency, settle, timeout, []
+        )
 
 
 async def _apply(fn: Callable[[Any], Any], item: Any) -> Any:
@@ -329,7 +350,9 @@ async def _fan_out(
     timeout: Duration | None,
     made: list[Any],
 ) -> list[Any]:
-    if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
+    if concurrency is not None and (
+        isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
+    ):
         raise UsageError(f"parallel(concurrency={concurrency!r}): 1 or more, or None for all at once.")
     limit = seconds(timeout, what="timeout")
     place = here.get()
@@ -347,11 +370,14 @@ async def _fan_out(
                 while waiting and (concurrency is None or len(running) < concurrency):
                     index = waiting.pop()
                     branch = starts[index]()
-                    task = branch if isinstance(branch, asyncio.Task) else loop.create_task(
-                        branch if asyncio.iscoroutine(branch) else _wrap(branch)
+                    task = (
+                        branch
+                        if isinstance(branch, asyncio.Task)
+                        else loop.create_task(branch if asyncio.iscoroutine(branch) else _wrap(branch))
                     )
-                    if ex is not None and names[index] is not None:
-                        ex.tasks[task] = names[index]
+                    name = names[index]
+                    if ex is not None and name is not None:
+                        ex.tasks[task] = name
                     running[task] = index
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=running.__getitem__):

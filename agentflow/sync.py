@@ -15,17 +15,20 @@ Steps run in the calling thread, unless they have a timeout, are async, or run i
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from agentflow import aicall, flow, human, steps
+from agentflow.blocking import drive_blocking, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
-from agentflow.drive import branch_label, drive_blocking, threads
+from agentflow.drive import branch_label
 from agentflow.durations import Duration, seconds
 from agentflow.errors import StepTimeout, UsageError
 from agentflow.records import Decision, Retry
+from agentflow.workers import threads
 
 
 def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any:
@@ -62,15 +65,15 @@ humanTask = human_task
 class Workflow(flow.Workflow[..., Any]):
     """A workflow of a plain function; ``run`` is a plain call."""
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result; finished steps are replayed from their records."""
         return self.run_sync(*args, **kwargs)
 
-    def start(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def start(self, *args: Any, **kwargs: Any) -> Any:
         """The ``Run``, once it has finished or waits."""
-        return flow.run_coroutine(super().start(*args, **kwargs))
+        return run_coroutine(super().start(*args, **kwargs))
 
-    def plan(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def plan(self, *args: Any, **kwargs: Any) -> Any:
         """What ``run`` would do; writes and spends nothing."""
         return self.plan_blocking(*args, **kwargs)
 
@@ -82,7 +85,11 @@ def workflow(name: Any = None, *, execute: Any = None, on_change: str = "auto", 
         return flow.define(name, None, **options)
     if execute is not None:
         return flow.define(execute, name, **options)
-    return lambda fn: flow.define(fn, name, **options)
+
+    def decorate(fn: Callable[..., Any]) -> Any:
+        return flow.define(fn, name, **options)
+
+    return decorate
 
 
 class _Parallel:
@@ -100,7 +107,9 @@ class _Parallel:
         items = list(branches.values() if isinstance(branches, Mapping) else branches)
         for index, item in enumerate(items):
             if not callable(item):
-                raise UsageError(f"parallel: branch {index} is {item!r}; plain code gives functions: lambda: step(...).")
+                raise UsageError(
+                    f"parallel: branch {index} is {item!r}; plain code gives functions: lambda: step(...)."
+                )
         labels = [str(key) for key in keys] if keys is not None else [f"branch {i}" for i in range(len(items))]
         results = _fan_out(items, labels, concurrency, settle, timeout)
         return dict(zip(keys, results, strict=True)) if keys is not None else results
@@ -117,13 +126,15 @@ class _Parallel:
     ) -> list[Any]:
         given = list(items)
         labels = [branch_label("map", item if key is None else key(item)) for item in given]
-        return _fan_out([lambda item=item: fn(item) for item in given], labels, concurrency, settle, timeout)
+        return _fan_out([functools.partial(fn, item) for item in given], labels, concurrency, settle, timeout)
 
 
 def _fan_out(
     fns: list[Callable[[], Any]], labels: list[str], concurrency: int | None, settle: bool, timeout: Duration | None
 ) -> list[Any]:
-    if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
+    if concurrency is not None and (
+        isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
+    ):
         raise UsageError(f"parallel(concurrency={concurrency!r}): 1 or more, or None for all at once.")
     limit = seconds(timeout, what="timeout")
     place = here.get()
@@ -140,7 +151,10 @@ def _fan_out(
             index = waiting.pop()
             context = contextvars.copy_context()
             if place is not None and ex is not None:
-                context.run(here.set, Here(ex, place.scope, f"{place.branch}/{names[index]}", place.pred, place.epoch, place.outer, None))
+                context.run(
+                    here.set,
+                    Here(ex, place.scope, f"{place.branch}/{names[index]}", place.pred, place.epoch, place.outer, None),
+                )
             running[threads.submit(context, fns[index], (), {})] = index
         done, _ = wait(running, timeout=limit, return_when=FIRST_COMPLETED if first is None else ALL_COMPLETED)
         if not done and limit is not None:

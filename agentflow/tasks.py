@@ -12,14 +12,16 @@ from agentflow import human
 from agentflow.durations import words
 from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
-from agentflow.records import HumanTask
+from agentflow.records import HumanTask, moment
 from agentflow.scratch import open_journal
 from agentflow.settings import settings
 
 STATUSES = ("open", "approved", "rejected", "answered", "expired", "withdrawn")
 
 
-def list(*, status: str | None = "open", run_id: str | None = None, limit: int | None = None) -> builtins.list[HumanTask]:
+def list(
+    *, status: str | None = "open", run_id: str | None = None, limit: int | None = None
+) -> builtins.list[HumanTask]:
     """Tasks, oldest first.
 
     Args:
@@ -104,7 +106,10 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
     def decide(txn: Any) -> dict[str, Any]:
         document = orjson.loads(txn.get(f"h/{found['id']}"))
         if document["status"] == "open" and document["deadline"] is not None and now >= document["deadline"]:
-            raise _closed(document, f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.")
+            raise _closed(
+                document,
+                f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.",
+            )
         if document["status"] != "open":
             raise _closed(document, _why_closed(document))
         decided = human.record_answer(document, approved, by, now, comment, data)
@@ -122,8 +127,10 @@ def _why_closed(document: dict[str, Any]) -> str:
     if status == "expired":
         return f"task {document['id']} has expired: its deadline passed before an answer came."
     who = outcome.get("by") or "somebody"
-    when = human.moment(outcome.get("at"))
-    return f"task {document['id']} was {status} already, by {who}" + (f" at {when:%Y-%m-%d %H:%M:%S} UTC." if when else ".")
+    when = moment(outcome.get("at"))
+    return f"task {document['id']} was {status} already, by {who}" + (
+        f" at {when:%Y-%m-%d %H:%M:%S} UTC." if when else "."
+    )
 
 
 def _closed(document: dict[str, Any], message: str) -> TaskClosed:

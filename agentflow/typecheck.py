@@ -63,5 +63,6 @@ def _validated(workflow: str, name: str, hint: Any, value: Any) -> Any:
         where = ".".join(str(part) for part in (name, *first["loc"]))
         shown = getattr(hint, "__name__", str(hint))
         raise UsageError(
-            f"workflow {workflow!r}: argument {where} does not fit {shown}: {first['msg']}, got {str(first['input'])[:80]!r}."
+            f"workflow {workflow!r}: argument {where} does not fit {shown}: {first['msg']}, "
+            f"got {str(first['input'])[:80]!r}."
         ) from None

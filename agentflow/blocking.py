@@ -1,0 +1,212 @@
+"""The driver of ``engine.process`` in the calling thread, and the ways from plain code into a loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from agentflow.calls import Call, Current, Suspend, here
+from agentflow.drive import PENDING, Wait, inside
+from agentflow.engine import process
+from agentflow.errors import StepTimeout
+from agentflow.reuse import located
+from agentflow.run import Execution
+from agentflow.workers import threads
+
+T = TypeVar("T")
+
+
+def drive_blocking(call: Any) -> Any:
+    """Run ``process`` in the calling thread."""
+    call.started = True
+    ex = call.ex
+    steps = process(call)
+    send: Any = steps.send
+    value: Any = None
+    while True:
+        try:
+            effect = send(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            kind = effect[0]
+            value = None
+            if kind == "attempt":
+                value = _attempt_blocking(call, effect[1], effect[2])
+            elif kind == "commit":
+                value = ex.journal.commit(effect[1], fence=ex.fence, paid=effect[2])
+            elif kind == "sleep":
+                time.sleep(effect[1])
+            elif kind == "settle":
+                time.sleep(0)
+            else:
+                value = park_blocking(ex, effect[1] if kind == "park" else ex.ask(effect[1]))
+            send = steps.send
+        except BaseException as error:
+            send, value = steps.throw, error
+
+
+def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> Any:
+    ex = call.ex
+    token = here.set(inside(call, current))
+    try:
+        if call.wait is not None:
+            return park_blocking(ex, call.wait())
+        is_async = call.kind == "ai" or (call.capture is not None and call.capture.is_async)
+        if not is_async and timeout is None:
+            result = call.fn(*call.args, **call.kwargs)
+            if not inspect.isawaitable(result):
+                return result
+            return portal.call(_await, result)
+        context = contextvars.copy_context()
+        if is_async:
+            future = portal.start(context, call.fn, call.args, call.kwargs)
+        else:
+            future = threads.submit(context, call.fn, call.args, call.kwargs)
+        version = call.slot.n + 1 if call.slot is not None else 0
+        try:
+            return future.result(timeout)
+        except TimeoutError as error:
+            if future.done():
+                raise
+            if is_async and call.kind != "ai":
+                future.cancel()
+            else:
+                future.add_done_callback(lambda f: f.exception() or ex.late(call, version, f.result()))  # type: ignore[func-returns-value]
+            raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
+    finally:
+        here.reset(token)
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def park_blocking(ex: Execution, wait: Wait | None) -> Any:
+    """Wait in the calling thread; leaves by ``Suspend`` unless the run is to stay or the time is near."""
+    pause = 0.001
+    while True:
+        if wait is not None:
+            result = wait.check()
+            if result is not PENDING:
+                return result
+        near = wait is not None and wait.due is not None and wait.due - ex.clock() <= 60
+        if not ex.stay and not near:
+            ex.suspended = True
+            ex.waits = [wait] if wait is not None else []
+            raise Suspend
+        left = wait.due - ex.clock() if wait is not None and wait.due is not None else pause
+        time.sleep(max(0.0, min(pause, left)))
+        pause = min(pause * 2, 0.25)
+
+
+class _Portal:
+    """One loop in a daemon thread, for async functions that plain code calls."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None or not self._loop.is_running():
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="agentflow-loop", daemon=True).start()
+                while not self._loop.is_running():
+                    time.sleep(0.0005)
+            return self._loop
+
+    def start(
+        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Future[Any]:
+        loop = self.loop()
+        future: Future[Any] = Future()
+
+        def begin() -> None:
+            try:
+                task = context.run(loop.create_task, _await_call(fn, args, kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+                return
+            task.add_done_callback(lambda done: _copy(done, future))
+            future.add_done_callback(lambda f: f.cancelled() and loop.call_soon_threadsafe(task.cancel))
+
+        loop.call_soon_threadsafe(begin)
+        return future
+
+    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Run an async function there and wait; Ctrl-C cancels it."""
+        future = self.start(contextvars.copy_context(), fn, args, {})
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _await_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return await fn(*args, **kwargs)
+
+
+def _copy(task: asyncio.Task[Any], future: Future[Any]) -> None:
+    if future.cancelled():
+        task.cancelled() or task.exception()
+    elif task.cancelled():
+        future.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())
+
+
+portal = _Portal()
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end from plain code, in a thread of its own where a loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        running = False
+    else:
+        running = True
+    if not running:
+        return asyncio.run(coroutine)
+    context = contextvars.copy_context()
+    box: list[Any] = []
+    ready = threading.Event()
+
+    async def main() -> T:
+        box.append((asyncio.get_running_loop(), asyncio.current_task()))
+        ready.set()
+        return await coroutine
+
+    outcome: list[Any] = []
+
+    def target() -> None:
+        try:
+            outcome.append((True, context.run(asyncio.run, main())))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=target, name="agentflow-run", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        ready.wait(5)
+        if box:
+            box[0][0].call_soon_threadsafe(box[0][1].cancel)
+        thread.join(30)
+        raise
+    ok, value = outcome[0]
+    if not ok:
+        raise value
+    result: T = value
+    return result

@@ -1,0 +1,163 @@
+"""What a program holds of a run: ``Run`` (what the journal has) and ``Plan`` (what a run would do)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from decimal import Decimal
+from typing import Any
+
+from agentflow import codec, rundocs
+from agentflow.context import view
+from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
+from agentflow.journal import Journal
+from agentflow.records import StepRecord, moment, money
+from agentflow.run import PlanStep
+
+# The workflows defined in this process, by name: a run finds its code here when it is awaited.
+workflows: dict[str, Any] = {}
+
+
+class Plan:
+    """What a run would do now: one line a step, nothing spent.
+
+    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost); ``dollars`` (what the
+    changed steps had cost before; None when that is unknown).
+    """
+
+    def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
+        self.run_id = run_id
+        self.steps = steps
+        open_ = [step for step in steps if step.state in ("changed", "new")]
+        costs = [step.cost for step in open_]
+        self.dollars: Decimal | None = (
+            None if any(c is None for c in costs) else sum((c for c in costs if c), Decimal(0))
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.run_id} · plan"]
+        for step in self.steps:
+            lines.append(f"  {step.state:<8} {step.name}" + (f" · {step.reason}" if step.reason else ""))
+            lines += [f"             {line}" for line in step.diff.splitlines()]
+        if any(step.state in ("changed", "new") for step in self.steps):
+            lines.append(f"  estimated cost of the steps shown: {money(self.dollars)}; what follows them is not known")
+        return "\n".join(lines)
+
+
+class Run:
+    """One run as the journal has it now. ``await run`` goes on with it and gives its result."""
+
+    def __init__(self, journal: Journal, document: dict[str, Any], workflow: Any = None) -> None:
+        self._journal = journal
+        self._document = document
+        self._workflow = workflow or workflows.get(document["workflow"])
+
+    @property
+    def id(self) -> str:
+        return str(self._document["id"])
+
+    @property
+    def workflow(self) -> str:
+        return str(self._document["workflow"])
+
+    @property
+    def status(self) -> str:
+        """running, waiting, completed, failed, cancelled, or interrupted."""
+        return str(self._document["status"])
+
+    @property
+    def input(self) -> Any:
+        """The arguments, by name; a single argument by itself."""
+        return single(codec.decode(self._document["input"]))
+
+    @property
+    def output(self) -> Any:
+        """The result of a completed run, else None."""
+        text = self._document.get("output")
+        return None if text is None else codec.decode(text)
+
+    @property
+    def error(self) -> str | None:
+        """Type and message of what failed, else None."""
+        error = self._document.get("error")
+        return f"{error['name']}: {error['message']}" if error else None
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """The recorded steps, in the order in which they started."""
+        return [view(row) for row in rundocs.rows(self._journal, self.id)]
+
+    @property
+    def waiting_on(self) -> list[dict[str, Any]]:
+        return list(self._document.get("waiting_on", ()))
+
+    @property
+    def cost(self) -> Decimal:
+        """Dollars paid for this run's model calls in all its executions; calls of unknown price not counted."""
+        return Decimal(self._document.get("paid", "0"))
+
+    @property
+    def saved(self) -> Decimal:
+        """Dollars that replays of this run did not pay again."""
+        return Decimal(self._document.get("saved", "0"))
+
+    @property
+    def started_at(self) -> Any:
+        return moment(self._document["created_at"])
+
+    @property
+    def completed_at(self) -> Any:
+        return moment(self._document.get("ended_at"))
+
+    def result(self) -> Any:
+        """The recorded result. Raises the recorded error, or ``Waiting``."""
+        if self.status == "completed":
+            return self.output
+        if self.status == "failed":
+            raise stored_error(self._document)
+        if self.status == "waiting":
+            raise waiting(self._document)
+        raise AgentflowError(f"run {self.id} is {self.status}: it has no result yet. Run it again to go on.")
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if self._workflow is None:
+            raise UsageError(
+                f"run {self.id}: its workflow {self.workflow!r} is not defined in this program; import it first."
+            )
+        resumed: Generator[Any, Any, Any] = self._workflow.again(self._document).__await__()
+        return resumed
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} {self.status}>"
+
+
+def single(arguments: dict[str, Any]) -> Any:
+    return next(iter(arguments.values())) if len(arguments) == 1 else arguments
+
+
+def stored_error(document: dict[str, Any]) -> BaseException:
+    data = document["error"]
+    attrs = document.get("error_step") or {
+        "step": "",
+        "run_id": document["id"],
+        "attempts": 0,
+        "error_type": data["name"],
+    }
+    return codec.rebuild_exception(data, StepFailed, {**attrs, "data": data.get("data", {}), "replayed": True})
+
+
+def waiting(document: dict[str, Any]) -> Waiting:
+    run_id, waits = document["id"], document.get("waiting_on", [])
+    lines = []
+    for wait in waits:
+        if wait["kind"] == "task":
+            who = (
+                wait["assign_to"]
+                if isinstance(wait["assign_to"], str)
+                else ", ".join(wait["assign_to"] or ()) or "anybody"
+            )
+            lines.append(
+                f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): agentflow tasks approve {wait['id']}"
+            )
+        else:
+            lines.append(f"{wait['kind']} until {moment(wait['until'])}" if "until" in wait else wait["kind"])
+    return Waiting(f"run {run_id} waits for {'; '.join(lines)}. Run it again afterwards.", run_id, waits)

@@ -1,0 +1,207 @@
+"""Which record a call may reuse: the rules for exact repeats, accidents, edited code and failures.
+
+Nothing here runs a step. The order of the questions is the order of ``find``: a record at exactly this
+place; one of the same branch; after siblings had their turn, one from elsewhere, or one that was given the
+same but for accidents of the moment. Then ``judge``: may this record be used as it is?
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any
+
+import orjson
+
+from agentflow.calls import Call
+from agentflow.errors import NondeterministicStep, StepChanged
+from agentflow.index import Row, Slot
+
+Effect = tuple[Any, ...]
+
+
+def located(error: Any, call: Call) -> Any:
+    """The error, with the step and the run it speaks of."""
+    error.step, error.run_id = call.name, call.ex.run_id
+    return error
+
+
+def find(call: Call) -> Generator[Effect, Any, Row | None]:
+    """The record to reuse, or None to run; ``call.slot`` is the slot to use either way."""
+    ex = call.ex
+    slot = call.slot
+    if slot is None:
+        taken = ex.records.at(call.ident, call.place)
+        if taken is not None and taken.claimed == "lent":
+            raise located(
+                NondeterministicStep(
+                    f"step {call.name!r} was recorded once, was reused for a call that differs from it only by a clock "
+                    "reading, uuid or address, and is now asked for exactly. Use ctx.now() or ctx.uuid4(), or give the "
+                    "step an idempotency_key."
+                ),
+                call,
+            )
+        slot = ex.in_branch(call)
+        if slot is None and ex.others(call):
+            # Siblings that have this record in their own place get the chance to claim it first.
+            yield ("settle",)
+            slot = ex.elsewhere(call) or like(call)
+        if slot is None:
+            if ex.others(call):
+                _refuse_changed(call)
+                ex.missed(call)
+            return None
+        call.slot = slot
+        slot.claimed = slot.claimed or True
+    return judge(call, slot)
+
+
+def judge(call: Call, slot: Slot) -> Row | None:
+    """The version of a slot that may be reused, by the rules for edited code and for failures."""
+    ex, options = call.ex, call.options
+    policy = call.policy
+    why = None
+    for n in ex.versions(slot):
+        row = ex.records.row(slot, n)
+        head = row.head
+        late = head.get("late", False)
+        if head.get("ai") and head["epoch"] != call.here.epoch:
+            continue
+        if late and not ex.retries(slot, n):
+            continue
+        edited = _edited(call, head)
+        if edited and policy == "error":
+            raise located(
+                StepChanged(
+                    f"step {call.name!r} of {ex.run_id} was recorded with other code ({_parts(call, head)}) and "
+                    f'on_change="error" refuses that. Go back, or rerun=[{call.name!r}], or on_change="auto".'
+                ),
+                call,
+            )
+        model_step = head.get("ai") or (call.code is not None and call.code.reaches_model)
+        if edited and (policy == "rerun" or (policy == "auto" and model_step)):
+            why = why or _parts(call, head)
+            continue
+        if head["status"] == "failed":
+            again = ex.again(call, head)
+            if again is None:
+                return row
+            why = why or again
+            break
+        if options.secret or head.get("secret"):
+            why = "its output is not recorded"
+            break
+        if options.max_age is not None and ex.clock() - head["t1"] > options.max_age:
+            why = "its record is older than max_age"
+            break
+        if edited:
+            ex.say_once(f"{call.name}: record kept although code changed ({_parts(call, head)})")
+        return row
+    if why is None and slot.n >= 0 and slot.gone:
+        why = "undone before" if slot.voids() else "asked for by rerun"
+    call.why = why
+    if why is not None:
+        ex.say(f"{call.name} ran again: {why}")
+    return None
+
+
+def _edited(call: Call, head: dict[str, Any]) -> bool:
+    if call.code is None or call.policy == "reuse":
+        return False
+    if head["code"] != call.code.digest:
+        return True
+    if (head.get("ai") or call.code.reaches_model) and head.get("model_default") != call.ex.model():
+        return True
+    return any(call.ex.prompt_digest(path) != digest for path, digest in head.get("prompts", {}).items())
+
+
+def _parts(call: Call, head: dict[str, Any]) -> str:
+    from agentflow.codedigest import changed_parts
+
+    old = call.ex.journal.get(f"c/{head['code']}")
+    names = changed_parts(orjson.loads(old) if old else (), call.code.parts)
+    names += [
+        f"{path} edited" for path, digest in head.get("prompts", {}).items() if call.ex.prompt_digest(path) != digest
+    ]
+    if not names and head.get("model_default") != call.ex.model():
+        names = [f"model changed from {head.get('model_default')} to {call.ex.model()}"]
+    return ", ".join(names[:4]) or "code changed"
+
+
+def like(call: Call) -> Slot | None:
+    """A record that was given the same but for what the step changed itself, or accidents of the moment."""
+    from agentflow.compare import differences
+
+    ex = call.ex
+    if call.kind not in ("step",) or not call.given:
+        return None
+    lent: list[tuple[Slot, list[Any]]] = []
+    for slot in ex.unclaimed(call)[:500]:
+        n = next(ex.versions(slot), None)
+        if n is None:
+            continue
+        row = ex.records.row(slot, n)
+        head = row.head
+        if not row.given:
+            continue
+        diffs = differences(
+            row.given,
+            call.given,
+            ignore=tuple(head.get("vol", ())),
+            old_window=(head["w0"], head["asked"]),
+            new_window=(ex.session, time.time()),
+            known=ex.known,
+        )
+        if not diffs:
+            return slot
+        if all(d.accident for d in diffs):
+            lent.append((slot, diffs))
+    if not lent:
+        return None
+    slot, diffs = lent[0]
+    if len({ex.records.row(s, next(ex.versions(s))).output for s, _ in lent}) > 1:
+        raise located(
+            NondeterministicStep(
+                f"step {call.name!r}: {len(lent)} records differ from this call only by {_accidents(diffs)} and have "
+                "different results, so that none can be chosen. Use ctx.now() or ctx.uuid4(), or an idempotency_key."
+            ),
+            call,
+        )
+    slot.claimed = "lent"
+    ex.warn(
+        f"{call.name}: reused although {_accidents(diffs)} differs from the recorded one. Read it with "
+        f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
+    )
+    return slot
+
+
+def _accidents(diffs: list[Any]) -> str:
+    words = {"clock": "a clock reading", "uuid": "a uuid4", "address": "a memory address"}
+    return ", ".join(sorted({f"{words[d.accident]} in {d.path}" for d in diffs}))
+
+
+def _refuse_changed(call: Call) -> None:
+    """A step that must not run a second time with other data: an effect, or under ``on_change="error"``."""
+    ex = call.ex
+    effect = call.options.effect or call.options.compensate is not None
+    if not effect and call.policy != "error":
+        return
+    for slot in ex.unclaimed(call):
+        n = next(ex.versions(slot), None)
+        if n is None:
+            continue
+        row = ex.records.row(slot, n)
+        if row.head["status"] != "completed" or row.head["kind"] != call.kind:
+            continue
+        from agentflow.compare import differences, unified
+
+        difference = unified(differences(row.given, call.given)) if row.given and call.given else "(values not kept)"
+        reason = "is an effect and does not run twice" if effect else 'has on_change="error"'
+        raise located(
+            StepChanged(
+                f"step {call.name!r} of {ex.run_id} {reason}, but it is recorded with other data:\n{difference}\n"
+                f"To run it with the new data as well: rerun=[{call.name!r}]. If these are different operations, "
+                "give each its idempotency_key."
+            ),
+            call,
+        )

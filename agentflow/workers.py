@@ -1,0 +1,48 @@
+"""Daemon threads for the functions of steps."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class _Threads:
+    """Daemon threads, reused: one that never comes back must not keep the process from ending."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._idle = 0
+        self._lock = threading.Lock()
+
+    def submit(
+        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            start = self._idle == 0
+            if not start:
+                self._idle -= 1
+        if start:
+            threading.Thread(target=self._loop, name="agentflow-step", daemon=True).start()
+        self._work.put((future, context, fn, args, kwargs))
+        return future
+
+    def _loop(self) -> None:
+        while True:
+            future, context, fn, args, kwargs = self._work.get()
+            try:
+                result = context.run(fn, *args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del future, context, fn, args, kwargs
+            with self._lock:
+                self._idle += 1
+
+
+threads = _Threads()

@@ -1,0 +1,59 @@
+"""Every test has a journal of its own, no model, no quiet left-overs of the test before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import agentflow
+from agentflow import scratch
+from agentflow.journal import Journal
+from agentflow.settings import settings
+
+_ENVIRONMENT = (
+    "AGENTFLOW_MODEL",
+    "AGENTFLOW_LEASE_SECONDS",
+    "AGENTFLOW_PAID_RETRY_SECONDS",
+    "OPENAI_API_KEY",
+    "OPENAI_BASE_URL",
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_BASE_URL",
+)
+
+
+@pytest.fixture(autouse=True)
+def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of this test's journal."""
+    for name in _ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "journal"
+    monkeypatch.setenv("AGENTFLOW_PATH", str(path))
+    yield path
+    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, quiet=False)
+    settings.clock = None
+    scratch._scopes.clear()
+
+
+@pytest.fixture
+def again() -> Callable[[], None]:
+    """Forget what this process knows, so that the next run reads everything from the files."""
+
+    def forget() -> None:
+        scratch._scopes.clear()
+
+    return forget
+
+
+@pytest.fixture
+def journal(journal_path: Path) -> Journal:
+    return scratch.open_journal()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """Everything agentflow has said so far, one line each."""
+    caplog.set_level(logging.INFO, logger="agentflow")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records if record.name == "agentflow")

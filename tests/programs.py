@@ -1,0 +1,103 @@
+"""Programs in processes of their own, which may kill themselves half-way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PRELUDE = '''
+import asyncio, os, signal, sys
+from pathlib import Path
+from agentflow import *
+
+HERE = Path(__file__).resolve().parent
+
+def note(word):
+    """One execution, counted in a file that survives any death of the process."""
+    fd = os.open(HERE / "notes.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, (str(word) + "\\n").encode())
+    os.close(fd)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+@dataclass
+class Ended:
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+def write_program(source: str, folder: Path, name: str = "program.py") -> Path:
+    """A program file with the prelude: ``note(word)``, ``die()`` and all names of agentflow."""
+    file = folder / name
+    file.write_text(PRELUDE + textwrap.dedent(source))
+    return file
+
+
+def run_program(
+    source: str | Path,
+    folder: Path,
+    *args: str,
+    env: dict[str, str] | None = None,
+    expect_kill: bool = False,
+    expect_failure: bool = False,
+    timeout: float = 60,
+    name: str = "program.py",
+) -> Ended:
+    """Run a program to its end; by default anything but success fails the test and shows what it said."""
+    file = source if isinstance(source, Path) else write_program(source, folder, name)
+    done = subprocess.run(
+        [sys.executable, str(file), *args],
+        cwd=folder,
+        env=environment(folder, env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    if expect_kill:
+        assert ended.killed, f"was to be killed, ended with {ended.code}\n{ended.out}\n{ended.err}"
+    elif not expect_failure:
+        assert ended.code == 0, f"ended with {ended.code}\n{ended.out}\n{ended.err}"
+    return ended
+
+
+def start_program(source: str | Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a program and return at once."""
+    file = source if isinstance(source, Path) else write_program(source, folder)
+    return subprocess.Popen(
+        [sys.executable, str(file), *args],
+        cwd=folder,
+        env=environment(folder, env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def environment(folder: Path, env: dict[str, str] | None = None) -> dict[str, str]:
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "ANTHROPIC_"))}
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+    return {**base, "AGENTFLOW_PATH": str(folder / "journal"), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
+
+
+def notes(folder: Path) -> list[str]:
+    """The words noted so far by all processes, in order."""
+    file = folder / "notes.txt"
+    return file.read_text().split("\n")[:-1] if file.exists() else []
