@@ -4,29 +4,63 @@ Finished steps and paid model calls are recorded in files beside the project: a 
 a second run never pays for the same answer twice, and an edited prompt runs again only what it changed.
 
     from agentflow import workflow, step, generate_content
+
+Names are loaded from their modules when they are first used, so that importing the package costs little.
 """
 
 from __future__ import annotations
 
-from agentflow import errors, runs, tasks
-from agentflow.aicall import generate_content
-from agentflow.calls import current_step
-from agentflow.codec import register_type
-from agentflow.context import Context
-from agentflow.errors import *  # noqa: F403
-from agentflow.flow import Workflow, workflow
-from agentflow.handles import Plan, Run
-from agentflow.humantask import human_task
-from agentflow.models import Reply
-from agentflow.prompts import Prompt, load_prompt
-from agentflow.records import Decision, HumanTask, Retry, StepRecord
-from agentflow.settings import configure
-from agentflow.steps import parallel, step
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-generateContent = generate_content
-humanTask = human_task
+from agentflow.errors import *  # noqa: F403
+from agentflow.errors import __all__ as _errors
+
+if TYPE_CHECKING:
+    from agentflow import errors, runs, tasks
+    from agentflow.aicall import generate_content
+    from agentflow.calls import current_step
+    from agentflow.codec import register_type
+    from agentflow.context import Context
+    from agentflow.flow import Workflow, workflow
+    from agentflow.handles import Plan, Run
+    from agentflow.humantask import human_task
+    from agentflow.models import Reply
+    from agentflow.prompts import Prompt, load_prompt
+    from agentflow.records import Decision, HumanTask, Retry, StepRecord
+    from agentflow.settings import configure
+    from agentflow.steps import parallel, step
+
+    generateContent = generate_content
+    humanTask = human_task
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Context": "context",
+    "Decision": "records",
+    "HumanTask": "records",
+    "Plan": "handles",
+    "Prompt": "prompts",
+    "Reply": "models",
+    "Retry": "records",
+    "Run": "handles",
+    "StepRecord": "records",
+    "Workflow": "flow",
+    "configure": "settings",
+    "current_step": "calls",
+    "generateContent": "aicall",
+    "generate_content": "aicall",
+    "humanTask": "humantask",
+    "human_task": "humantask",
+    "load_prompt": "prompts",
+    "parallel": "steps",
+    "register_type": "codec",
+    "step": "steps",
+    "workflow": "flow",
+}
+_MODULES = ("errors", "runs", "tasks")
+_ALIASES = {"generateContent": "generate_content", "humanTask": "human_task"}
 
 __all__ = [
     "Context",
@@ -53,5 +87,20 @@ __all__ = [
     "step",
     "tasks",
     "workflow",
-    *errors.__all__,
+    *_errors,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"agentflow.{_HOME[name]}"), _ALIASES.get(name, name))
+    elif name in _MODULES:
+        value = import_module(f"agentflow.{name}")
+    else:
+        raise AttributeError(f"module 'agentflow' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,8 +13,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from agentflow.canonical import Encoder, cell_value, dumps, marked, short_digest
 from agentflow.codedigest import code_of, free_values, in_notebook, is_data, is_own_class, is_own_file, shape_of
-from agentflow.compare import Encoder, cell_value, changed_paths, dumps, marked, opaque_paths, short_digest
 from agentflow.errors import UsageError
 
 __all__ = ["Capture", "capture", "data_digest", "data_text"]
@@ -62,7 +62,7 @@ class Capture:
     ) -> None:
         self.text = out.decode()
         self.digest = short_digest(out)
-        self.opaque: tuple[str, ...] = tuple(opaque_paths(self.text)) if encoder.opaque else ()
+        self.opaque: tuple[str, ...] = _opaque(self.text) if encoder.opaque else ()
         self.names = names
         self.is_async = is_async
         self._mutable = encoder.mutable
@@ -93,7 +93,15 @@ class Capture:
             return ()
         if short_digest(out) == self.digest:
             return ()
+        from agentflow.compare import changed_paths
+
         return tuple(changed_paths(self.text, out.decode()))
+
+
+def _opaque(text: str) -> tuple[str, ...]:
+    from agentflow.compare import opaque_paths
+
+    return tuple(opaque_paths(text))
 
 
 def capture(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:

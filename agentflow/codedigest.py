@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentflow.compare import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest
+from agentflow.canonical import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest
 
 _DROPPED = {
     "CACHE", "RESUME", "NOP", "EXTENDED_ARG", "PRECALL", "MAKE_CELL", "COPY_FREE_VARS", "LOAD_CLOSURE", "NOT_TAKEN"

@@ -12,10 +12,10 @@ A ``Slot`` is one (ident, place) with its versions; a program that asks for a st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
-from urllib.parse import quote
 
 import orjson
 
@@ -29,9 +29,12 @@ def short(text: str, length: int) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()[:length]
 
 
+_UNSAFE = re.compile(r"[^A-Za-z0-9 :@+,=~._-]")
+
+
 def in_key(text: str) -> str:
-    """Text as one component of a key."""
-    return quote(text, safe=" :@+,=~.-_")
+    """Text as one component of a key: what could end it is written as hex."""
+    return _UNSAFE.sub(lambda m: "".join(f"%{byte:02X}" for byte in m[0].encode("utf-8", "surrogatepass")), text)
 
 
 class Row:

@@ -64,7 +64,7 @@ class Totals:
     doubts: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Execution:
     """The state of one run while this process executes it."""
 

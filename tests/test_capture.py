@@ -130,7 +130,7 @@ json_like = st.recursive(
      ['\\"' * 40_000], {"x" * 70_000: 1}, ["\x00" * 20_000], list(range(30_000)), ["a" * 40_000] * 3, [[["x" * 70_000]]]],
 )  # fmt: skip
 def test_long_strings_are_written_alike_the_fast_and_the_slow_way(value, monkeypatch):
-    import agentflow.compare as compare
+    import agentflow.canonical as compare
 
     fast = data_text(value)
     monkeypatch.setattr(compare, "_is_plain", lambda v: False)
@@ -139,7 +139,7 @@ def test_long_strings_are_written_alike_the_fast_and_the_slow_way(value, monkeyp
 
 @given(json_like, json_like)
 def test_the_fast_way_and_the_slow_way_write_the_same_text(a, b):
-    import agentflow.compare as compare
+    import agentflow.canonical as compare
 
     fast = data_text([a])
     with pytest.MonkeyPatch.context() as patch:
