@@ -36,6 +36,7 @@ class _Recorder:
             return []
         found = [orjson.loads(text) for _, text in ex.journal.scan(self._prefix)]
         self._count = len(found)
+        found = found or self._other_form()
         step: Current | None = self._current if found else None
         while step is not None:
             step.lent += len(found)
@@ -47,6 +48,22 @@ class _Recorder:
                 self._current.cost = (self._current.cost or 0) + Decimal(raw["cost"])
         return found
 
+    def _other_form(self) -> list[dict[str, Any]]:
+        """What was paid for by the same request, but for the form of its answer, and did not validate then."""
+        ex, call = self._call.ex, self._call
+        for slot in ex.unclaimed(call):
+            n = next(ex.versions(slot), None)
+            row = ex.records.row(slot, n) if n is not None else None
+            if row is None or row.head["status"] != "failed" or row.head["error"]["name"] != "InvalidReply":
+                continue
+            head = row.head
+            if row.given and _without_form(row.given) == _without_form(call.given):
+                prefix = f"m/{ex.key}/{head['occ']}/{head['epoch']}.{head['sample']}/"
+                if found := [orjson.loads(text) for _, text in ex.journal.scan(prefix)]:
+                    ex.records.claim(slot)
+                    return found
+        return []
+
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
         ex = self._call.ex
         cost = None if raw["cost"] is None else Decimal(raw["cost"])
@@ -54,6 +71,14 @@ class _Recorder:
         await ex.journal.acommit([Add(f"{self._prefix}{self._count:04d}", record)], fence=ex.fence, paid=True)
         self._count += 1
         ex.paid(self._current, cost)
+
+
+def _without_form(given: str) -> Any:
+    """A recorded request without the schema of its answer."""
+    body = (request := codec.decode(given))["body"]
+    other = {key: value for key, value in body.items() if key not in ("response_format", "text", "output_config")}
+    settings = {key: {k: v for k, v in body[key].items() if k != "format"} for key in ("text", "output_config") if key in body}
+    return {**request, "body": {**other, **{key: value for key, value in settings.items() if value}}}
 
 
 def _transient(exc: BaseException) -> bool:

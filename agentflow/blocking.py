@@ -89,21 +89,43 @@ async def _await(value: Any) -> Any:
 
 
 def park_blocking(ex: Execution, wait: Wait | None) -> Any:
-    """Wait in the calling thread; leaves by ``Suspend`` unless the run is to stay or the time is near."""
-    pause = 0.001
-    while True:
-        if wait is not None:
-            result = wait.check()
-            if result is not PENDING:
-                return result
-        near = wait is not None and wait.due is not None and wait.due - ex.clock() <= 60
-        if not ex.stay and not near:
-            ex.suspended = True
-            ex.waits = [wait] if wait is not None else []
-            raise Suspend
-        left = wait.due - ex.clock() if wait is not None and wait.due is not None else pause
-        time.sleep(max(0.0, min(pause, left)))
-        pause = min(pause * 2, 0.25)
+    """Wait in the calling thread; leaves by ``Suspend`` when no branch can go on and no time is near."""
+    pause, me = 0.001, object()
+    with ex.turn:
+        ex.held_up[me] = wait
+        ex.going -= 1
+        ex.turn.notify_all()
+    try:
+        while True:
+            if wait is not None:
+                result = wait.check()
+                if result is not PENDING:
+                    return result
+            with ex.turn:
+                now = ex.clock()
+                waits = [each for each in ex.held_up.values() if each is not None]
+                near = any(each.due is not None and each.due - now <= 60 for each in waits)
+                if ex.going <= 0 and not ex.suspended and not ex.stay and not near:
+                    ex.suspended = True
+                    ex.waits = waits
+                    ex.turn.notify_all()
+                if ex.suspended:
+                    raise Suspend
+                left = wait.due - now if wait is not None and wait.due is not None else pause
+                ex.turn.wait(max(0.0, min(pause, left)))
+            pause = min(pause * 2, 0.25)
+    finally:
+        with ex.turn:
+            del ex.held_up[me]
+            ex.going += 1
+
+
+def count_going(ex: Execution | None, change: int) -> None:
+    """More, or fewer, branches of plain code can go on; the run suspends when none can."""
+    if ex is not None and change:
+        with ex.turn:
+            ex.going += change
+            ex.turn.notify_all()
 
 
 class _Portal:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from agentflow.errors import StepNotAwaited, UsageError
@@ -50,7 +51,7 @@ class Here:
     of the enclosing steps, so that a new attempt does not meet an old attempt's model replies.
     """
 
-    __slots__ = ("branch", "epoch", "ex", "outer", "pred", "repeats", "scope", "task")
+    __slots__ = ("branch", "epoch", "ex", "key", "outer", "pred", "repeats", "scope", "task")
 
     def __init__(
         self, ex: Execution, scope: str, branch: str, pred: str, epoch: str, outer: Current | None, task: Any
@@ -63,9 +64,12 @@ class Here:
         self.outer = outer
         self.task = task
         self.repeats: dict[str, int] = {}
+        self.key = ""
 
     def after(self, pred: str) -> Here:
-        return Here(self.ex, self.scope, self.branch, pred, self.epoch, self.outer, self.task)
+        following = Here(self.ex, self.scope, self.branch, pred, self.epoch, self.outer, self.task)
+        following.key = self.key
+        return following
 
     def branching(self, label: str, task: Any) -> Here:
         return Here(self.ex, self.scope, f"{self.branch}/{label}", self.pred, self.epoch, self.outer, task)
@@ -82,6 +86,7 @@ class Current:
     """
 
     __slots__ = (
+        "asked",
         "attempt",
         "call",
         "clock",
@@ -93,6 +98,7 @@ class Current:
         "parent",
         "run_id",
         "sample",
+        "taken",
         "unknown",
         "used_model",
     )
@@ -111,6 +117,15 @@ class Current:
         self.cost: Any = None
         self.unknown = 0
         self.clock: Any = None
+        # What the steps inside have claimed and counted, to be given back to a next attempt.
+        self.taken: list[Slot] = []
+        self.asked: list[tuple[dict[Any, int], Any]] = []
+
+    @property
+    def around(self) -> str:
+        """Which attempts a step inside this one belongs to."""
+        own = f"{self.attempt}:{self.sample}"
+        return own if self.parent is None else f"{self.parent.around}/{own}"
 
     def __repr__(self) -> str:
         return f"<step {self.name!r} attempt {self.attempt} of {self.run_id}>"
@@ -137,9 +152,11 @@ class Call(Coroutine[Any, Any, Any]):
     __slots__ = (
         "__weakref__",
         "_it",
+        "_occ",
         "args",
         "capture",
         "code",
+        "counted",
         "digest",
         "ex",
         "extra_ops",
@@ -151,7 +168,6 @@ class Call(Coroutine[Any, Any, Any]):
         "kind",
         "kwargs",
         "name",
-        "occ",
         "options",
         "place",
         "policy",
@@ -193,12 +209,20 @@ class Call(Coroutine[Any, Any, Any]):
         self.why: str | None = None
         # Set by the engine when it locates the call.
         self.here: Here
-        self.ident = self.place = self.occ = self.given = self.digest = ""
+        self.ident = self.place = self.counted = self.given = self.digest = ""
+        self._occ = ""
         self.task: Any = None
 
     @property
     def __name__(self) -> str:
         return f"step {self.name}"
+
+    @property
+    def occ(self) -> str:
+        """What names this occurrence in nested scopes, attempts, marks and replies; not needed for a hit."""
+        if not self._occ:
+            self._occ = blake2b(self.counted.encode(), digest_size=10).hexdigest()
+        return self._occ
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if self.started:

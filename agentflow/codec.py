@@ -41,6 +41,7 @@ __all__ = [
     "decode_exception",
     "encode",
     "encode_exception",
+    "look",
     "rebuild_exception",
     "register_type",
     "roundtrip",
@@ -96,6 +97,15 @@ def decode(text: str) -> Any:
     """
     tree = orjson.loads(text)
     return _decode(tree) if _MARK in text else tree
+
+
+def look(text: str) -> Any:
+    """``decode`` for looking on from outside: an object whose class is not loaded here is shown as a dict of its fields.
+
+    >>> look('{"$af":"model","t":"nowhere:Order","v":{"id":"A-1","lines":{"$af":"tuple","v":[1]}}}')
+    {'id': 'A-1', 'lines': (1,)}
+    """
+    return _look(orjson.loads(text))
 
 
 def roundtrip(value: Any, *, where: str = "value") -> tuple[str, Any]:
@@ -478,6 +488,16 @@ def _decode(node: Any) -> Any:
     except Exception as exc:
         what = str(node.get("t") or node.get("n") or tag)
         raise UnknownType(f"a recorded {what} cannot be rebuilt: {type(exc).__name__}: {exc}", what) from exc
+
+
+def _look(node: Any) -> Any:
+    try:
+        return _decode(node)
+    except NotRecordable:
+        inner = node.get("v") if isinstance(node, dict) and TAG in node else node
+    if isinstance(inner, dict):
+        return {key: _look(item) for key, item in inner.items()}
+    return [_look(item) for item in inner] if isinstance(inner, list) else inner
 
 
 def _fill(cls: type, fields: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Code:
     """Names of the prompt files reached by a constant name."""
     attrs: frozenset[str] | None = frozenset()
     """Attribute names loaded anywhere in the reached code; None when they cannot be known (``vars``, ``__dict__``)."""
+    mutable: frozenset[str] = frozenset()
+    """Bare names of the parts that are data which can change in place."""
 
 
 # -- one code object ---------------------------------------------------------------------------------------------------
@@ -370,6 +372,7 @@ class _Reach:
         self.described: list[types.FunctionType] = []  # handed on as values: a model may be shown their descriptions
         self.classes: dict[type, set[str]] = {}
         self.values: set[str] = set()  # labels of parts that are plain values
+        self.mutable: set[str] = set()  # bare names of parts that are data and can change in place
         self._names: dict[int, str] = {}
         self._objects: list[tuple[str, Any]] = []
 
@@ -394,7 +397,7 @@ class _Reach:
                 continue
             digest = self._digest(obj)
             self.live.append((obj, digest))
-            self._part(label, digest)
+            self.mutable.add(_bare(self._part(label, digest)))
 
     def _size(self) -> tuple[int, ...]:
         return tuple(map(len, (self.attrs, self.stored, self.parts, self.classes, self.made)))
@@ -439,12 +442,13 @@ class _Reach:
         else:
             self._instance(v, label)
 
-    def _part(self, label: str, digest: str) -> None:
+    def _part(self, label: str, digest: str) -> str:
         at, name = 1, label
         while self.parts.get(name, digest) != digest:
             at += 1
             name = f"{label}#{at}"
         self.parts[name] = digest
+        return name
 
     def _function(self, fn: types.FunctionType, root: bool, called: bool) -> None:
         if marked(fn, "__agentflow_model_call__"):
@@ -715,12 +719,35 @@ def code_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = N
     parts = tuple(sorted(reach.parts.items()))
     attrs = None if reach.everything else frozenset(reach.attrs)
     # under bare digests: the same code as __main__ and as an imported module is the same code
-    text = dumps(sorted([name.rpartition(".")[2], digest] for name, digest in parts))
-    code = Code(short_digest(text), parts, reach.model, tuple(sorted(reach.prompts)), attrs)
+    text = dumps(sorted([_bare(name), digest] for name, digest in parts))
+    code = Code(
+        short_digest(text), parts, reach.model, tuple(sorted(reach.prompts)), attrs, frozenset(reach.mutable)
+    )
     if len(_known) >= _MOST:
         _known.clear()
     _known[index] = _Known(held, reach, attrs, code)
     return code
+
+
+def _bare(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def changed_names(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]]) -> set[str]:
+    """Bare names of the parts in which two codes differ."""
+    before, after = ({(_bare(name), digest) for name, digest in parts} for parts in (old, new))
+    return {name for name, _ in before ^ after}
+
+
+def changed_data(code: Code, fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[str]:
+    """Data that the code reaches and that holds something else now than in ``code``: the call changed it itself."""
+    if not code.mutable:
+        return []
+    try:
+        now = code_of(fn, args, kwargs)
+    except Exception:  # the step is done and may have been paid for: what it left behind must not undo that
+        return []
+    return sorted(changed_names(code.parts, now.parts) & code.mutable) if now is not code else []
 
 
 def changed_parts(old: Sequence[tuple[str, str]], new: Sequence[tuple[str, str]]) -> list[str]:

@@ -28,7 +28,7 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
     output, usage, cost = None, None, head.get("cost")
     if head["status"] == "completed" and not head.get("secret"):
         try:
-            output = codec.decode(row.output)
+            output = codec.look(row.output)
         except Exception as error:  # a type that is gone must not hide the rest of the record
             output = f"<{error}>"
     if head["kind"] == "ai" and isinstance(output, dict):
@@ -165,7 +165,7 @@ class Context:
         ex.locate(call, _given(kind))
         slot = call.slot = call.slot or ex.in_branch(call)
         if slot is not None and (n := next(ex.versions(slot), None)) is not None:
-            slot.claimed = True
+            ex.take(call, slot)
             ex.enter(call)
             return codec.decode(ex.records.row(slot, n).output)
         text, value = codec.roundtrip(make(), where=f"ctx.{kind}()")

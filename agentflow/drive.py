@@ -81,9 +81,8 @@ async def _settle(ex: Execution) -> None:
     quiet, seen = 0, -1
     while quiet < 5:
         await asyncio.sleep(0)
-        count = len(ex.seen) + sum(ex._asks.values()) if len(ex._asks) < 1000 else len(ex._asks)
-        quiet = quiet + 1 if count == seen else 0
-        seen = count
+        quiet = quiet + 1 if ex.asked == seen else 0
+        seen = ex.asked
 
 
 def inside(call: Call, current: Current) -> Here:
@@ -176,11 +175,18 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
     before = loop.get_task_factory()
 
     def factory(loop: Any, coro: Any, **kwargs: Any) -> Any:
+        at, label = here.get(), ""
+        known = at is not None and at.ex.loop is loop and getattr(coro, "cr_code", None) is not _body.__code__
+        if at is not None and known:
+            # The parent becomes a branch first, so that the child's name and path start from it.
+            place, _ = at.ex.stand()
+            if not isinstance(coro, Call):
+                label = at.ex.naming or at.ex.label(coroutine_label(coro), place)
+                at.ex.expect_branches(place, [label])
         task = before(loop, coro, **kwargs) if before is not None else asyncio.Task(coro, loop=loop, **kwargs)
-        place = here.get()
-        if place is not None and place.ex.loop is loop and not task.done():
-            ex = place.ex
-            ex.tasks[task] = "" if isinstance(coro, Call) else ex.label(_label(coro))
+        if at is not None and known and not task.done():
+            ex = at.ex
+            ex.tasks[task] = label
             task.add_done_callback(lambda done: ex.tasks.pop(done, None))
         return task
 
@@ -197,7 +203,7 @@ def _unwatch_tasks(loop: asyncio.AbstractEventLoop) -> None:
         del _factories[loop]
 
 
-def _label(coro: Any) -> str:
+def coroutine_label(coro: Any) -> str:
     """What names a branch: its function and what that was given."""
     frame = getattr(coro, "cr_frame", None)
     name = getattr(coro, "__qualname__", type(coro).__name__)
@@ -268,9 +274,11 @@ async def _watch(ex: Execution) -> None:
                     pause = 0.0
         if any(future.done() for future in ex.parked):
             continue
+        if not ex.parked:
+            return
         now = ex.clock()
         soon = any(wait is not None and wait.due is not None and wait.due - now <= 60 for wait, _ in ex.parked.values())
-        if not ex.stay and not soon and _idle(ex):
+        if not ex.stay and not soon and await _still_idle(ex):
             ex.suspended = True
             ex.waits = [wait for wait, _ in ex.parked.values() if wait is not None]
             for future in ex.parked:
@@ -279,6 +287,15 @@ async def _watch(ex: Execution) -> None:
             return
         due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
+
+
+async def _still_idle(ex: Execution) -> bool:
+    """Idle for some turns of the loop: one that waits for a task that has just ended is not woken in the same turn."""
+    for _ in range(5):
+        if not ex.parked or any(future.done() for future in ex.parked) or not _idle(ex):
+            return False
+        await asyncio.sleep(0)
+    return True
 
 
 def _idle(ex: Execution) -> bool:
@@ -294,7 +311,7 @@ def _idle(ex: Execution) -> bool:
 
 def _waits_for_tasks(task: Any, ex: Execution) -> bool:
     waiter = getattr(task, "_fut_waiter", None)
-    if waiter is None:
+    if waiter is None or waiter.done():
         return False
     if isinstance(waiter, asyncio.Task):
         return waiter in ex.tasks

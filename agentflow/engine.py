@@ -32,6 +32,7 @@ import orjson
 
 from agentflow import codec
 from agentflow.calls import Call, Current, Suspend
+from agentflow.codedigest import changed_data
 from agentflow.errors import (
     BudgetExceeded,
     CapturedChanged,
@@ -49,7 +50,7 @@ from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
 from agentflow.records import ONCE, Retry
-from agentflow.reuse import Effect, find, judge, like, located
+from agentflow.reuse import Effect, find, given_same, judge, like, located
 from agentflow.run import Attempts
 
 Process = Generator[Effect, Any, Any]
@@ -96,7 +97,7 @@ def _keyed(call: Call) -> Process:
                 return ex.deliver(call, own)
         else:
             head = row.head
-            if head["given"] != call.digest:
+            if not given_same(call, row):
                 if head["workflow"] != ex.workflow and not ex.scratch:
                     raise located(
                         IdempotencyConflict(
@@ -188,7 +189,7 @@ def _run(call: Call, again: int = 0) -> Process:
     slot = ex.own_slot(call)
     retry = options.retry or ONCE
     state = ex.attempts_of(call, slot)
-    if state.started and call.kind != "human":
+    if state.started and call.wait is None:
         settled = yield from _in_doubt(call, slot, state)
         if settled is not None:
             return settled
@@ -199,11 +200,12 @@ def _run(call: Call, again: int = 0) -> Process:
     while True:
         if ex.suspended:
             raise Suspend
+        ex.hold()
         undone = max(slot.voids(), again)
         current = Current(call, ex.key_of(call, undone), attempt, sample)
-        mark = ex.started(call, slot, current, order)
+        ex.started(call, slot, current, order)
         if options.in_doubt != "rerun":
-            yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", f"{ex.clock()}")], False)
+            yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", call.name)], False)
         try:
             result = yield ("attempt", current, options.timeout)
             text, value = codec.roundtrip(result, where="result")
@@ -211,6 +213,10 @@ def _run(call: Call, again: int = 0) -> Process:
             if isinstance(exc, NOT_RECORDED):
                 raise
             failure = exc
+        except BaseException:
+            if ex.suspended:
+                ex.unstart(call, slot, current)
+            raise
         else:
             break
         ended = ex.clock()
@@ -244,14 +250,18 @@ def _run(call: Call, again: int = 0) -> Process:
                     f"{call.name}: attempt {attempt} of {retry.max_attempts} failed ({_brief(failure)}); "
                     f"next in {delay:.2g}s"
                 )
-                attempt += 1
             yield ("sleep", delay)
+            if late := ex.late_result(call):
+                text, value = late
+                break
+            attempt += 0 if lent else 1
+            ex.give_back(current)
             continue
-        head = _head(call, current, slot, order, asked, started, attempt, sample, mark)
+        head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
         yield from _record(call, slot, head, "null")
         raise ex.failure(call, head, replayed=False) from failure
-    head = _head(call, current, slot, order, asked, started, attempt, sample, mark)
+    head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))
     if options.secret:
         head["secret"], text = True, "null"
     yield from _record(call, slot, head, text)
@@ -346,6 +356,7 @@ def _head(
         head["unpriced"] = current.unknown
     if current.parent is not None:
         head["parent"] = current.parent.name
+        head["around"] = current.parent.around
     if doubt:
         head["in_doubt"] = doubt
     capture = call.capture
@@ -355,6 +366,9 @@ def _head(
             ex.say_once(f"{call.name}: changes {', '.join(changed[:3])} itself; that will not be compared")
         if capture.opaque:
             head["opaque"] = list(capture.opaque)
+    if call.code is not None and (state := changed_data(call.code, call.fn, call.args, call.kwargs)):
+        head["state"] = state
+        ex.say_once(f"{call.name}: changes {', '.join(state[:3])} itself; that will not be compared")
     prompts = ex.prompts_read(current)
     if prompts:
         head["prompts"] = prompts

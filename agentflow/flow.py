@@ -20,7 +20,7 @@ import orjson
 
 from agentflow import codec, human, rundocs, typecheck
 from agentflow.blocking import drive_blocking, run_coroutine
-from agentflow.calls import ON_CHANGE, PLAIN, Call, Suspend, here
+from agentflow.calls import ON_CHANGE, PLAIN, Call, Options, Suspend, here
 from agentflow.capture import data_digest
 from agentflow.codedigest import code_of
 from agentflow.context import Context
@@ -39,7 +39,7 @@ from agentflow.errors import (
 )
 from agentflow.handles import Plan, Run, single, stored_error, waiting, workflows
 from agentflow.index import in_key
-from agentflow.journal import Add, Journal, Put
+from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.records import moment, money
 from agentflow.run import Execution, PlanStep
@@ -324,7 +324,10 @@ class Workflow(Generic[P, T]):
             self._before_undoing(opened)
             try:
                 for call, slot, value in self._to_undo(ex):
-                    drive_blocking(self._undoing(ex, call, slot, value))
+                    try:
+                        drive_blocking(self._undoing(ex, call, slot, value))
+                    except Exception as failure:
+                        self._not_undone(ex, call, failure)
             except BaseException:
                 self._give_up(opened)
                 raise
@@ -441,12 +444,12 @@ class Workflow(Generic[P, T]):
             raise error
         ops: list[Any] = []
         if prior is not None:
-            if prior == "failed":
-                document["retry_upto"] = document["epoch"]
             if options.rerun:
                 ops += self._drops(journal, run_id)
                 document.pop("undoing", None)
                 document.pop("compensated", None)
+            if prior == "failed" and not document.get("undoing"):
+                document["retry_upto"] = document["epoch"]
             document["epoch"] += 1
             if text != document["input"]:
                 document["input"] = text
@@ -454,7 +457,7 @@ class Workflow(Generic[P, T]):
             ops += rundocs.write(document, "running")
             journal.commit(ops, fence=lease.fence)
         ex = self._execution(journal, run_id, document, arguments, prior)
-        ex.fence = lease.fence
+        ex.fence, ex.lease = lease.fence, lease
         if prior is not None:
             ex.load_marks()
         return _Opened(ex, document, lease, arguments)
@@ -486,6 +489,7 @@ class Workflow(Generic[P, T]):
     def _known_steps(self, journal: Journal, run_id: str) -> None:
         rows = rundocs.rows(journal, run_id)
         known = {row.head["name"] for row in rows} | {row.head["occ"] for row in rows}
+        known |= {name for _, name in journal.scan(f"d/{in_key(run_id)}/")}
         for name in self._run_options.rerun:
             if name not in known and journal.get(f"r/{in_key(run_id)}") is not None:
                 names = ", ".join(sorted({repr(row.head["name"]) for row in rows})) or "none"
@@ -499,6 +503,9 @@ class Workflow(Generic[P, T]):
                 ops.append(Add(f"{row.key}!drop", ""))
                 if "named" in row.head:
                     ops.append(Add(f"{row.head['named']}!drop", ""))
+        # A step in doubt has no record yet: what is dropped is the note that it was started.
+        doubts = journal.scan(f"d/{in_key(run_id)}/")
+        ops += [Drop(key) for key, name in doubts if name in self._run_options.rerun]
         return ops
 
     # -- closing -----------------------------------------------------------------------------
@@ -525,7 +532,9 @@ class Workflow(Generic[P, T]):
 
     def _undoing(self, ex: Execution, call: Call, slot: Any, value: Any) -> Call:
         """The durable step that undoes one; its record and the mark that voids the undone one are one commit."""
-        undo = make_call(f"undo {call.name}", call.options.compensate, (value,), {}, PLAIN)
+        # The key tells the undoing of this very version from that of an equal result before or after it.
+        undone = Options(idempotency_key=f"{slot.id}.{slot.n}")
+        undo = make_call(f"undo {call.name}", call.options.compensate, (value,), {}, undone)
         ops: list[Any] = [Add(f"{ex.records.key(slot, slot.n)}!void", "")]
         named = ex.records.row(slot, slot.n).head.get("named")
         if named:
@@ -540,11 +549,15 @@ class Workflow(Generic[P, T]):
         for call, slot, value in self._to_undo(ex):
             try:
                 await self._undoing(ex, call, slot, value)
-            except (
-                Exception
-            ) as error:  # the others are undone all the same; the run's document says that one is missing
-                ex.warn(f"{call.name}: its compensation failed ({type(error).__name__}: {error})")
-                ex.undo_failed = True
+            except Exception as failure:
+                self._not_undone(ex, call, failure)
+
+    def _not_undone(self, ex: Execution, call: Call, failure: Exception) -> None:
+        """The others are undone all the same; the run's document says that one is missing."""
+        if isinstance(failure, JournalError):
+            raise failure
+        ex.warn(f"{call.name}: its compensation failed ({type(failure).__name__}: {failure})")
+        ex.undo_failed = True
 
     def _close_completed(self, opened: _Opened, text: str, value: Any) -> Any:
         ex, document = opened.ex, opened.document
@@ -591,10 +604,13 @@ class Workflow(Generic[P, T]):
     def _close(self, opened: _Opened, status: str) -> None:
         ex, document = opened.ex, opened.document
         ex.closed = True
-        document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
+        if ex.prior == "interrupted":
+            document["paid"] = str(rundocs.paid(ex.journal, ex.run_id))
+        else:
+            document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
         document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
         ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
-        ops += rundocs.write(document, status)
+        ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status)
         assert opened.lease is not None
         opened.lease.release(ops)
         if status != "waiting":

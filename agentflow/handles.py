@@ -67,13 +67,13 @@ class Run:
     @property
     def input(self) -> Any:
         """The arguments, by name; a single argument by itself."""
-        return single(codec.decode(self._document["input"]))
+        return single(codec.look(self._document["input"]))
 
     @property
     def output(self) -> Any:
         """The result of a completed run, else None."""
         text = self._document.get("output")
-        return None if text is None else codec.decode(text)
+        return None if text is None else codec.look(text)
 
     @property
     def error(self) -> str | None:
@@ -93,6 +93,8 @@ class Run:
     @property
     def cost(self) -> Decimal:
         """Dollars paid for this run's model calls in all its executions; calls of unknown price not counted."""
+        if self.status in ("running", "interrupted"):
+            return rundocs.paid(self._journal, self.id)
         return Decimal(self._document.get("paid", "0"))
 
     @property
@@ -111,7 +113,8 @@ class Run:
     def result(self) -> Any:
         """The recorded result. Raises the recorded error, or ``Waiting``."""
         if self.status == "completed":
-            return self.output
+            text = self._document.get("output")
+            return None if text is None else codec.decode(text)
         if self.status == "failed":
             raise stored_error(self._document)
         if self.status == "waiting":

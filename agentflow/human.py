@@ -5,12 +5,12 @@ A task is a document ``h/<task>``; ``ht/<run>/<name>/<task>`` finds a run's task
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import orjson
 
 from agentflow import codec
+from agentflow import schema as schema_
 from agentflow.calls import PLAIN, Call, here
 from agentflow.capture import data_digest, data_text
 from agentflow.drive import PENDING, Wait
@@ -227,8 +227,8 @@ def _outcome(call: Call, outcome: dict[str, Any], schema: Any, on_timeout: Any) 
     return TypeAdapter(schema).validate_python(decision.data)
 
 
-def decision_of(outcome: dict[str, Any]) -> Decision:
-    data = codec.decode(outcome["data"]) if outcome.get("data") is not None else None
+def decision_of(outcome: dict[str, Any], read: Callable[[str], Any] = codec.decode) -> Decision:
+    data = read(outcome["data"]) if outcome.get("data") is not None else None
     return Decision(
         bool(outcome["approved"]), outcome.get("by"), moment(outcome.get("at")), outcome.get("comment"), data
     )
@@ -244,12 +244,12 @@ def task_of(document: dict[str, Any]) -> HumanTask:
         type=document["type"],
         assign_to=document["assign_to"],
         status=document["status"],
-        data=codec.decode(document["data"]),
+        data=codec.look(document["data"]),
         title=document["title"],
         created_at=moment(document["created_at"]),
         deadline=moment(document["deadline"]),
         schema=document["schema"],
-        decision=decision_of(outcome) if outcome and not outcome.get("expired") else None,
+        decision=decision_of(outcome, codec.look) if outcome and not outcome.get("expired") else None,
         extra={"step": document["step"], "digest": document["digest"]},
     )
 
@@ -298,20 +298,6 @@ def record_answer(
 
 def _check_form(document: dict[str, Any], data: Any) -> None:
     """Refuse data that the recorded JSON schema refuses, where it is given."""
-    form = document["schema"]
-    plain = orjson.loads(orjson.dumps(data, default=str))
-    missing = [name for name in form.get("required", ()) if not isinstance(plain, dict) or name not in plain]
-    if missing:
-        raise UsageError(f"task {document['id']}: the answer lacks {', '.join(missing)}.")
-    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "string": (lambda v: isinstance(v, str), "text"),
-        "integer": (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-        "number": (lambda v: isinstance(v, int | float) and not isinstance(v, bool), "a number"),
-        "boolean": (lambda v: isinstance(v, bool), "true or false"),
-        "array": (lambda v: isinstance(v, list), "a list"),
-        "object": (lambda v: isinstance(v, dict), "an object"),
-    }
-    for name, field in form.get("properties", {}).items():
-        kind = kinds.get(field.get("type", ""))
-        if isinstance(plain, dict) and name in plain and kind is not None and not kind[0](plain[name]):
-            raise UsageError(f"task {document['id']}: {name}={plain[name]!r} has to be {kind[1]}.")
+    wrong = schema_.misfit(schema_.plain(data, "answer"), document["schema"])
+    if wrong is not None:
+        raise UsageError(f"task {document['id']}: {wrong}.")

@@ -110,6 +110,7 @@ class Records:
         self.prefix = f"s/{in_key(run_id)}/"
         self._by_ident: dict[str, Slot | dict[str, Slot]] = {}
         self._by_ns: dict[str, list[Slot]] = {}
+        self._free: dict[str, int] = {}
         self._window: dict[str, str] = {}
         self._used = self._reads = 0
 
@@ -142,8 +143,26 @@ class Records:
             known[slot.place] = slot
         else:
             self._by_ident[slot.ident] = {known.place: known, slot.place: slot}
-        self._by_ns.setdefault(slot.ident[:NS], []).append(slot)
+        ns = slot.ident[:NS]
+        self._by_ns.setdefault(ns, []).append(slot)
+        self._free[ns] = self._free.get(ns, 0) + 1
         return slot
+
+    def claim(self, slot: Slot, how: bool | str = True) -> None:
+        """The slot belongs to a call of this execution; "lent" if the call only resembles it."""
+        if not slot.claimed:
+            self._free[slot.ident[:NS]] -= 1
+            slot.claimed = how
+
+    def release(self, slot: Slot) -> None:
+        """Nobody's again: the attempt in which it was claimed has failed."""
+        if slot.claimed:
+            self._free[slot.ident[:NS]] += 1
+            slot.claimed = False
+
+    def free(self, ns: str) -> int:
+        """How many slots of one name in one scope nobody has claimed."""
+        return self._free.get(ns, 0)
 
     def slots(self, ident: str) -> list[Slot]:
         """All places of an ident, oldest record first."""

@@ -229,21 +229,36 @@ def _mount_kind(folder: str, mounts: str | None) -> str:
     return kind
 
 
-def default_path() -> Path:
+def _installed() -> set[str]:
+    import sysconfig  # only when no path was given
+
+    paths = [sysconfig.get_paths(), sysconfig.get_paths(sysconfig.get_preferred_scheme("user"))]
+    return {each[name] for each in paths for name in ("stdlib", "purelib", "platlib", "scripts")}
+
+
+def default_path(start: Path | None = None) -> Path:
     """Where the journal is when nothing says otherwise.
+
+    Args:
+        start: a directory to look from instead of the main script's. None: the script's.
 
     ``AGENTFLOW_PATH``; else ``.agentflow`` at the project root: the nearest directory with a
     pyproject.toml or .git among the main script's ancestors, else among the working directory's.
-    Without such a directory it is beside the script, or in the working directory.
+    Without such a directory it is beside the script, or in the working directory. A program that is
+    installed with Python (a notebook's kernel, pytest, the command line) is nobody's script.
     """
     named = os.environ.get("AGENTFLOW_PATH")
     if named:
         return Path(os.path.abspath(os.path.expanduser(named)))
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     beside = Path(os.path.abspath(script)).parent if script else None
+    if start is not None:
+        beside = start
+    elif beside is not None and any(beside.is_relative_to(place) for place in _installed()):
+        beside = None
     here = Path.cwd()
-    for start in (beside, here):
-        for folder in (start, *start.parents) if start is not None else ():
+    for place in (beside, here):
+        for folder in (place, *place.parents) if place is not None else ():
             if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
                 return folder / ".agentflow"
     return (beside or here) / ".agentflow"

@@ -7,6 +7,7 @@ same but for accidents of the moment. Then ``judge``: may this record be used as
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Generator
 from typing import Any
@@ -18,6 +19,9 @@ from agentflow.errors import NondeterministicStep, StepChanged
 from agentflow.index import Row, Slot
 
 Effect = tuple[Any, ...]
+
+# What any clock reading, uuid or address has: digits enough. Without it there is nothing to look for.
+_MOMENT = re.compile(r"\d\d:\d\d|\d{8}[T_-]\d{6}|\d{10}|[0-9a-f]{12}|0x[0-9a-f]", re.IGNORECASE)
 
 
 def located(error: Any, call: Call) -> Any:
@@ -52,7 +56,7 @@ def find(call: Call) -> Generator[Effect, Any, Row | None]:
                 ex.missed(call)
             return None
         call.slot = slot
-        slot.claimed = slot.claimed or True
+        ex.take(call, slot)
     return judge(call, slot)
 
 
@@ -108,11 +112,19 @@ def judge(call: Call, slot: Slot) -> Row | None:
 def _edited(call: Call, head: dict[str, Any]) -> bool:
     if call.code is None or call.policy == "reuse":
         return False
-    if head["code"] != call.code.digest:
+    if head["code"] != call.code.digest and not _only_state(call, head):
         return True
     if (head.get("ai") or call.code.reaches_model) and head.get("model_default") != call.ex.model():
         return True
     return any(call.ex.prompt_digest(path) != digest for path, digest in head.get("prompts", {}).items())
+
+
+def _only_state(call: Call, head: dict[str, Any]) -> bool:
+    """Whether the code differs in nothing but data that the step had changed itself while it ran."""
+    from agentflow.codedigest import changed_names
+
+    old = call.ex.journal.get(f"c/{head['code']}") if "state" in head else None
+    return old is not None and changed_names(orjson.loads(old), call.code.parts) <= set(head["state"])
 
 
 def _parts(call: Call, head: dict[str, Any]) -> str:
@@ -128,21 +140,36 @@ def _parts(call: Call, head: dict[str, Any]) -> str:
     return ", ".join(names[:4]) or "code changed"
 
 
+def given_same(call: Call, row: Row) -> bool:
+    """Whether a record was given the same, but for what its step changed itself."""
+    from agentflow.compare import differences
+
+    if row.head["given"] == call.digest:
+        return True
+    changed = tuple(row.head.get("vol", ()))
+    return bool(changed and row.given and call.given and not differences(row.given, call.given, ignore=changed))
+
+
 def like(call: Call) -> Slot | None:
     """A record that was given the same but for what the step changed itself, or accidents of the moment."""
     from agentflow.compare import differences
 
     ex = call.ex
-    if call.kind not in ("step",) or not call.given:
+    if call.kind not in ("step", "ai") or not call.given:
         return None
     lent: list[tuple[Slot, list[Any]]] = []
-    for slot in ex.unclaimed(call)[:500]:
-        n = next(ex.versions(slot), None)
-        if n is None:
+    moment = _MOMENT.search(call.given) is not None
+    # Those that were given the same but for what they changed are repeats: the one after the same record goes first.
+    for slot in sorted(ex.near(call), key=lambda slot: (slot.place != call.place, slot.rowid))[:500]:
+        counts = next(ex.versions(slot), None)
+        n = slot.n if counts is None else counts
+        if n < 0:
             continue
         row = ex.records.row(slot, n)
         head = row.head
-        if not row.given:
+        if not row.given or not (moment or "vol" in head):
+            continue
+        if call.kind == "ai" and head["epoch"] != call.here.epoch:
             continue
         diffs = differences(
             row.given,
@@ -154,7 +181,7 @@ def like(call: Call) -> Slot | None:
         )
         if not diffs:
             return slot
-        if all(d.accident for d in diffs):
+        if counts is not None and all(d.accident for d in diffs):
             lent.append((slot, diffs))
     if not lent:
         return None
@@ -167,7 +194,7 @@ def like(call: Call) -> Slot | None:
             ),
             call,
         )
-    slot.claimed = "lent"
+    ex.take(call, slot, "lent")
     ex.warn(
         f"{call.name}: reused although {_accidents(diffs)} differs from the recorded one. Read it with "
         f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."

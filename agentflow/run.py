@@ -9,20 +9,21 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
-from hashlib import blake2b
 from typing import Any
 
 import orjson
 
 from agentflow import codec
 from agentflow.calls import Call, Current, Here, current_task, here
-from agentflow.errors import StepFailed
+from agentflow.errors import LeaseLost, StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
 from agentflow.journal import Fence, Journal
+from agentflow.lease import holder, lease_seconds
 from agentflow.settings import log, settings
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
@@ -76,6 +77,8 @@ class Execution:
     scratch: bool = False
     plan: bool = False
     fence: Fence | None = None
+    lease: Any = None
+    asked: int = 0
     number: int = 1
     retry_upto: int = 0
     undoing: bool = False
@@ -93,11 +96,14 @@ class Execution:
     compensations: list[tuple[Call, Slot, Any]] = field(default_factory=list)
     records: Records = field(init=False)
     key: str = field(init=False)
-    marks: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, tuple[int, int]] = field(default_factory=dict)
     tasks: dict[Any, str] = field(default_factory=dict)
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
     threads: int = 0
+    going: int = 1
+    turn: threading.Condition = field(default_factory=threading.Condition)
+    held_up: dict[Any, Any] = field(default_factory=dict)
     seen: dict[str, list[Slot]] = field(default_factory=dict)
     live: set[str] = field(default_factory=set)
     pending: set[str] = field(default_factory=set)
@@ -105,6 +111,7 @@ class Execution:
     undo_failed: bool = False
     waits: list[Any] = field(default_factory=list)
     asked_tasks: set[str] = field(default_factory=set)
+    unstarted: list[str] = field(default_factory=list)
     loop: Any = None
     watcher: Any = None
     watch: Any = None
@@ -118,8 +125,10 @@ class Execution:
     _starts: list[tuple[str, list[int]]] | None = None
     _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
     _live_branches: set[str] = field(default_factory=set)
-    _labels: dict[str, int] = field(default_factory=dict)
+    _labels: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    naming: str | None = None
     _cell: Any = None
+    _held: float = field(default_factory=time.time)
     _prompts: dict[int, dict[str, str]] = field(default_factory=dict)
     root: Here = field(init=False)
 
@@ -134,13 +143,9 @@ class Execution:
 
     def locate(self, call: Call, given: str) -> None:
         """Fix ident and place of a call at the moment it is made, and claim an exact record."""
-        place = here.get()
-        if place is None or place.ex is not self:
-            place = self.root
-        task = current_task()
-        if task is not None and task is not place.task:
-            place = self._arrive(place, task)
+        place, task = self.stand()
         call.here, call.task = place, task
+        self.asked += 1
         ns = self._ns.get((place.scope, call.name))
         if ns is None:
             if len(self._ns) > 20_000:
@@ -150,22 +155,36 @@ class Execution:
         call.ident = ident = ns + given[:GIVEN]
         if self.scratch and not place.scope:
             call.place = f"{self._in_cell(ident):x}"
-            call.occ = f"{ident}{call.place}"
+            call.counted = f"{ident}{call.place}"
             return
         repeat = place.repeats.get(ident, 0)
         place.repeats[ident] = repeat + 1
-        call.place = f"{short(place.branch, BRANCH)}{short(place.pred, PRED)}-{repeat:x}"
+        if not place.key:
+            place.key = short(place.branch, BRANCH)
+        call.place = f"{place.key}{short(place.pred, PRED)}-{repeat:x}"
         slot = self.records.at(ident, call.place)
         if slot is not None and not slot.claimed and call.code is not None and self.records.repeated(ident):
             slot = self._own_code(call, slot)
         if slot is not None and not slot.claimed:
-            slot.claimed = True
+            self.take(call, slot)
             call.slot = slot
             ident = slot.ident
         counted = ident if place.branch == "0" else f"{place.branch}{ident}"
         count = self._asks.get(counted, 0)
         self._asks[counted] = count + 1
-        call.occ = blake2b(f"{counted}#{count}".encode(), digest_size=10).hexdigest()
+        call.counted = f"{counted}#{count}"
+        if place.outer is not None:
+            self._asked(place.outer, self._asks, counted)
+
+    def stand(self) -> tuple[Here, Any]:
+        """Where the running code stands, and its task; a task that asks for the first time becomes a branch."""
+        place = here.get()
+        if place is None or place.ex is not self:
+            place = self.root
+        task = current_task()
+        if task is not None and task is not place.task:
+            place = self._arrive(place, task)
+        return place, task
 
     def _own_code(self, call: Call, slot: Slot) -> Slot:
         """Among exact repeats, one recorded with this very code goes before one at this very place."""
@@ -196,16 +215,19 @@ class Execution:
             return place
         label = self.tasks.get(task)
         if label is None:
-            label = self.label("task")
+            label = self.label("task", place)
         arrived = place.branching(label, task)
         self._live_branches.add(short(arrived.branch, BRANCH))
         here.set(arrived)
         return arrived
 
-    def label(self, text: str) -> str:
-        """A branch name, numbered among equal ones."""
-        count = self._labels.get(text, 0)
-        self._labels[text] = count + 1
+    def label(self, text: str, place: Here) -> str:
+        """A branch name, numbered among equal ones of the branch it leaves."""
+        within = (place.scope, place.branch, text)
+        count = self._labels.get(within, 0)
+        self._labels[within] = count + 1
+        if place.outer is not None:
+            self._asked(place.outer, self._labels, within)
         return f"{text}#{count:x}"
 
     def expect_branches(self, place: Here, labels: list[str]) -> None:
@@ -237,10 +259,36 @@ class Execution:
         )
 
     def others(self, call: Call) -> bool:
-        return any(not slot.claimed for slot in self.records.named(call.ident[:NS]))
+        return self.records.free(call.ident[:NS]) > 0
 
     def unclaimed(self, call: Call) -> list[Slot]:
         return [slot for slot in self.records.named(call.ident[:NS]) if not slot.claimed]
+
+    def near(self, call: Call) -> list[Slot]:
+        """Unclaimed records of that name, but for those of other branches that are there."""
+        others = self._live_branches - {short(call.here.branch, BRANCH)}
+        return [slot for slot in self.unclaimed(call) if slot.branch not in others]
+
+    def take(self, call: Call, slot: Slot, how: bool | str = True) -> None:
+        """Claim a slot for a call, and with it for the attempts of the steps around it."""
+        self.records.claim(slot, how)
+        step = call.here.outer
+        while step is not None:
+            step.taken.append(slot)
+            step = step.parent
+
+    def _asked(self, step: Current | None, counts: dict[Any, int], key: Any) -> None:
+        while step is not None:
+            step.asked.append((counts, key))
+            step = step.parent
+
+    def give_back(self, failed: Current) -> None:
+        """A new attempt asks for the steps inside it again: what they recorded is theirs, under the same names."""
+        for slot in failed.taken:
+            if slot.n >= 0:  # one without a record may still be running
+                self.records.release(slot)
+        for counts, key in failed.asked:
+            counts.pop(key, None)
 
     def own_slot(self, call: Call) -> Slot:
         """The slot to which this call's next version is added."""
@@ -251,7 +299,7 @@ class Execution:
                 suffix += 1
                 place = f"{call.place}x{suffix:x}"
             call.slot = self.records.add(Slot(call.ident, place))
-            call.slot.claimed = True
+            self.take(call, call.slot)
         return call.slot
 
     def task_of_slot(self, slot: Slot) -> str:
@@ -268,6 +316,11 @@ class Execution:
     def again(self, call: Call, head: dict[str, Any]) -> str | None:
         """Why a recorded failure is tried again; None replays it."""
         if self.scratch:
+            return "it failed last time"
+        outer = call.here.outer
+        if outer is not None and head.get("around", outer.around) != outer.around:
+            return f"{outer.name} is tried again"
+        if call.kind == "compensation":
             return "it failed last time"
         if head["s1"][0] > self.retry_upto:
             return None
@@ -377,7 +430,7 @@ class Execution:
 
     def committed(self, slot: Slot) -> None:
         slot.n += 1
-        slot.claimed = slot.claimed or True
+        self.records.claim(slot)
 
     def paid(self, current: Current, cost: Decimal | None) -> None:
         """Count one paid reply for the step and all that enclose it."""
@@ -400,7 +453,8 @@ class Execution:
         state = Attempts()
         if slot.n >= 0:
             head = self.records.row(slot, slot.n).head
-            state.sample = head["sample"] + (1 if slot.gone and slot.n in slot.gone else 0)
+            old = call.options.max_age is not None and self.clock() - head["t1"] > call.options.max_age
+            state.sample = head["sample"] + (1 if old or (slot.gone and slot.n in slot.gone) else 0)
         if self.prior is None and not self.scratch:
             return state
         for _, text in self.journal.scan(f"a/{self.key}/{call.occ}.{slot.n + 1}/"):
@@ -408,7 +462,7 @@ class Execution:
             state.failed = facts["attempt"] - (1 if facts["free"] else 0)
             state.sample = facts["sample"]
             state.since = state.since or facts["t0"]
-        state.started = self.marks.get(call.occ) == slot.n + 1
+        state.started = self.marks.get(call.occ) == (slot.n + 1, state.failed + 1)
         if call.options.in_doubt != "rerun":
             row = f"d/{self.key}/{call.occ}.{slot.n + 1}.{state.failed + 1}"
             state.started = self.journal.get(row) is not None
@@ -416,17 +470,24 @@ class Execution:
             state.paid = any(True for _ in self.journal.scan(f"m/{self.key}/{call.occ}/", limit=1))
         return state
 
-    def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> int:
-        """Mark that an attempt starts; returns how often the step had been left in doubt."""
-        if not self.scratch and call.kind != "human":
+    def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> None:
+        """Mark that an attempt starts."""
+        if not self.scratch and call.wait is None:
             line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "a": current.attempt, "s": order, "t": self.clock()}
             self.journal.mark(self.run_id, orjson.dumps(line).decode())
-        return 1 if self.marks.get(call.occ) == slot.n + 1 else 0
+
+    def unstart(self, call: Call, slot: Slot, current: Current) -> None:
+        """The attempt was left because its run suspends: waiting inside it leaves nothing in doubt."""
+        if self.scratch or call.wait is not None:
+            return
+        self.journal.mark(self.run_id, orjson.dumps({"o": call.occ, "v": -1, "n": call.name}).decode())
+        if call.options.in_doubt != "rerun":
+            self.unstarted.append(f"d/{self.key}/{call.occ}.{slot.n + 1}.{current.attempt}")
 
     def load_marks(self) -> None:
         for line in self.journal.marks(self.run_id):
             facts = orjson.loads(line)
-            self.marks[facts["o"]] = facts["v"]
+            self.marks[facts["o"]] = (facts["v"], facts.get("a", 0))
 
     def doubt(self, call: Call) -> None:
         self.totals.doubts += 1
@@ -456,6 +517,23 @@ class Execution:
     def key_of(self, call: Call, undone: int) -> str:
         key = call.options.idempotency_key or f"{self.run_id}:{call.name}:{call.occ[:12]}"
         return f"{key}~{undone + 1}" if undone else key
+
+    def hold(self) -> None:
+        """Make sure, before a function is called, that the run still belongs to this process.
+
+        The heartbeat says so in general; after a pause that outlasted it (a stopped process, a sleeping
+        machine) the journal itself is asked.
+        """
+        lease = self.lease
+        if lease is None:
+            return
+        now = time.time()
+        if not lease.lost and now - self._held > lease_seconds() / 2:
+            owner = holder(self.journal, lease.key)
+            lease.lost = owner is None or owner.token != lease.token
+            self._held = now
+        if lease.lost:
+            raise LeaseLost(f"run {self.run_id} was taken over by another process; nothing more is run here.")
 
     def next(self) -> list[int]:
         return [self.number, next(self._orders)]
@@ -524,8 +602,6 @@ class Execution:
 
     def unasked(self) -> list[str]:
         """Lines on recorded steps of the body that this execution never asked for."""
-        from agentflow.compare import differences, unified
-
         lines = []
         for slot in self.records:
             if slot.claimed or not slot.ident.startswith("r") or next(self.versions(slot), None) is None:
@@ -536,6 +612,8 @@ class Execution:
             asked = self._missed.get(slot.ident[:NS])
             why = "the code does not ask for it any more"
             if asked is not None:
+                from agentflow.compare import differences, unified
+
                 shown = unified(differences(row.given, asked)) if row.given and asked else "other data"
                 why = f"it was asked for with other data:\n{shown}"
             lines.append(f"{row.head['name']}: a recorded result was not used; {why}")

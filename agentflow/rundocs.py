@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -118,6 +119,12 @@ def rows(journal: Journal, run_id: str) -> list[Row]:
         if key not in gone:
             latest[key.rpartition(".")[0]] = row
     return sorted(latest.values(), key=lambda row: row.head["s0"])
+
+
+def paid(journal: Journal, run_id: str) -> Decimal:
+    """Dollars for all replies of a run, also of executions that died and could not add them up."""
+    costs = (orjson.loads(text)["cost"] for _, text in journal.scan(f"m/{in_key(run_id)}/"))
+    return sum((Decimal(cost) for cost in costs if cost is not None), Decimal(0))
 
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")

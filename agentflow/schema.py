@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from agentflow.errors import UsageError
@@ -353,3 +353,88 @@ def _unfenced(text: str) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# What the kinds of a JSON schema are in Python, and in words.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "string": (lambda v: isinstance(v, str), "text"),
+    "integer": (lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v == int(v), "a whole number"),
+    "number": (lambda v: isinstance(v, int | float) and not isinstance(v, bool), "a number"),
+    "boolean": (lambda v: isinstance(v, bool), "true or false"),
+    "array": (lambda v: isinstance(v, list), "a list"),
+    "object": (lambda v: isinstance(v, dict), "an object"),
+    "null": (lambda v: v is None, "nothing"),
+}
+
+
+def misfit(
+    value: Any, form: Mapping[str, Any], path: str = "answer", root: Mapping[str, Any] | None = None
+) -> str | None:
+    """What keeps plain JSON data from fitting a pydantic JSON schema, in words; None where nothing does.
+
+    Keywords not looked at here (patterns, formats) are left to the type itself, which reads the data in the end.
+
+    >>> misfit({"age": "old"}, {"type": "object", "properties": {"age": {"type": "integer"}}})
+    "answer.age='old' has to be a whole number"
+    """
+    root = form if root is None else root
+    if "$ref" in form:
+        return misfit(value, root["$defs"][form["$ref"].rpartition("/")[2]], path, root)
+    if choices := form.get("anyOf") or form.get("oneOf"):
+        found = [misfit(value, choice, path, root) for choice in choices]
+        return None if None in found else " or ".join(dict.fromkeys(text for text in found if text))
+    for part in form.get("allOf", ()):
+        if wrong := misfit(value, part, path, root):
+            return wrong
+    allowed = [form["const"]] if "const" in form else form.get("enum")
+    if allowed is not None and value not in allowed:
+        return f"{path}={value!r} has to be one of {', '.join(map(repr, allowed))}"
+    kind = _KINDS.get(form.get("type", ""))
+    if kind is not None and not kind[0](value):
+        missing = f", with {', '.join(form['required'])}" if form.get("required") else ""
+        return f"{path}={value!r} has to be {kind[1]}{missing}"
+    if isinstance(value, dict):
+        return _misfit_object(value, form, path, root)
+    if isinstance(value, list):
+        before, rest = form.get("prefixItems", []), form.get("items", {})
+        if len(value) < form.get("minItems", 0):
+            return f"{path} has {len(value)} items and needs at least {form['minItems']}"
+        if len(value) > form.get("maxItems", len(value)):
+            return f"{path} has {len(value)} items and takes at most {form['maxItems']}"
+        for index, item in enumerate(value):
+            inner = before[index] if index < len(before) else rest
+            if isinstance(inner, dict) and (wrong := misfit(item, inner, f"{path}[{index}]", root)):
+                return wrong
+    return _misfit_size(value, form, path)
+
+
+def _misfit_object(value: dict[str, Any], form: Mapping[str, Any], path: str, root: Mapping[str, Any]) -> str | None:
+    properties, others = form.get("properties", {}), form.get("additionalProperties", {})
+    missing = [name for name in form.get("required", ()) if name not in value]
+    if missing:
+        return f"{path} lacks {', '.join(missing)}"
+    for name, item in value.items():
+        inner = properties.get(name, others)
+        if inner is False:
+            return f"{path}.{name} is not asked for"
+        if isinstance(inner, dict) and (wrong := misfit(item, inner, f"{path}.{name}", root)):
+            return wrong
+    return None
+
+
+def _misfit_size(value: Any, form: Mapping[str, Any], path: str) -> str | None:
+    size = len(value) if isinstance(value, str) else value
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        return None
+    what = f"{path}={value!r} has to be"
+    low, high = ("minLength", "maxLength") if isinstance(value, str) else ("minimum", "maximum")
+    unit = " characters" if isinstance(value, str) else ""
+    if low in form and size < form[low]:
+        return f"{what} at least {form[low]}{unit}"
+    if high in form and size > form[high]:
+        return f"{what} at most {form[high]}{unit}"
+    if "exclusiveMinimum" in form and not size > form["exclusiveMinimum"]:
+        return f"{what} more than {form['exclusiveMinimum']}"
+    if "exclusiveMaximum" in form and not size < form["exclusiveMaximum"]:
+        return f"{what} less than {form['exclusiveMaximum']}"
+    return None

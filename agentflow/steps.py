@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 from agentflow.calls import ON_CHANGE, PLAIN, Call, Options, here
 from agentflow.capture import capture
 from agentflow.codedigest import code_of
-from agentflow.drive import branch_label
+from agentflow.drive import branch_label, coroutine_label
 from agentflow.durations import Duration, seconds
 from agentflow.errors import StepTimeout, UsageError
 from agentflow.index import short
@@ -295,7 +295,7 @@ class _Parallel:
                 raise UsageError(
                     f"parallel: branch {where!r} is {item!r}; give what step(...) returns, or a coroutine."
                 )
-        labels = [f"{key}" for key in keys] if keys is not None else [None] * len(items)
+        labels = [f"{key}" for key in keys] if keys is not None else [_name_of(item) for item in items]
         starts: list[Callable[[], Any]] = [functools.partial(_same, item) for item in items]
         results = await _fan_out(starts, labels, concurrency, settle, timeout, items)
         return dict(zip(keys, results, strict=True)) if named and keys is not None else results
@@ -329,6 +329,11 @@ class _Parallel:
         )
 
 
+def _name_of(item: Any) -> str | None:
+    """The branch name of a coroutine that has not started; what ``step(...)`` returns has its place already."""
+    return coroutine_label(item) if inspect.iscoroutine(item) else None
+
+
 async def _apply(fn: Callable[[Any], Any], item: Any) -> Any:
     result = fn(item)
     return await result if inspect.isawaitable(result) else result
@@ -357,7 +362,12 @@ async def _fan_out(
     limit = seconds(timeout, what="timeout")
     place = here.get()
     ex: Execution | None = place.ex if place is not None and not place.ex.scratch else None
-    names = [ex.label(label) if ex is not None and label is not None else None for label in labels]
+    if ex is not None:
+        place, _ = ex.stand()
+    names = [
+        ex.label(label, place) if ex is not None and place is not None and label is not None else None
+        for label in labels
+    ]
     if ex is not None and place is not None:
         ex.expect_branches(place, [name for name in names if name is not None])
     loop = asyncio.get_running_loop()
@@ -370,14 +380,17 @@ async def _fan_out(
                 while waiting and (concurrency is None or len(running) < concurrency):
                     index = waiting.pop()
                     branch = starts[index]()
-                    task = (
-                        branch
-                        if isinstance(branch, asyncio.Task)
-                        else loop.create_task(branch if asyncio.iscoroutine(branch) else _wrap(branch))
-                    )
-                    name = names[index]
-                    if ex is not None and name is not None:
-                        ex.tasks[task] = name
+                    if ex is not None:
+                        ex.naming = names[index]
+                    try:
+                        task = (
+                            branch
+                            if isinstance(branch, asyncio.Task)
+                            else loop.create_task(branch if asyncio.iscoroutine(branch) else _wrap(branch))
+                        )
+                    finally:
+                        if ex is not None:
+                            ex.naming = None
                     running[task] = index
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=running.__getitem__):

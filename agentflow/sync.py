@@ -21,7 +21,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from agentflow import aicall, flow, human, steps
-from agentflow.blocking import drive_blocking, run_coroutine
+from agentflow.blocking import count_going, drive_blocking, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
 from agentflow.drive import branch_label
@@ -139,35 +139,46 @@ def _fan_out(
     limit = seconds(timeout, what="timeout")
     place = here.get()
     ex = place.ex if place is not None and not place.ex.scratch else None
-    names = [ex.label(label) if ex is not None else label for label in labels]
+    names = [ex.label(label, place) if ex is not None and place is not None else label for label in labels]
     if ex is not None and place is not None:
         ex.expect_branches(place, names)
     results: list[Any] = [None] * len(fns)
     running: dict[Future[Any], int] = {}
     waiting = list(range(len(fns)))[::-1]
     first: BaseException | None = None
-    while (waiting and first is None) or running:
-        while waiting and first is None and (concurrency is None or len(running) < concurrency):
-            index = waiting.pop()
-            context = contextvars.copy_context()
-            if place is not None and ex is not None:
-                context.run(
-                    here.set,
-                    Here(ex, place.scope, f"{place.branch}/{names[index]}", place.pred, place.epoch, place.outer, None),
-                )
-            running[threads.submit(context, fns[index], (), {})] = index
-        done, _ = wait(running, timeout=limit, return_when=FIRST_COMPLETED if first is None else ALL_COMPLETED)
-        if not done and limit is not None:
-            raise StepTimeout(f"parallel took longer than {limit:g}s")
-        for future in done:
-            index = running.pop(future)
-            error = future.exception()
-            if error is None:
-                results[index] = future.result()
-            elif settle and isinstance(error, Exception):
-                results[index] = error
-            elif first is None or not isinstance(error, Exception):
-                first = error
+    # This thread waits for its branches; one that has ended counts until the next has taken its turn.
+    ended = 1
+    try:
+        while (waiting and first is None) or running:
+            while waiting and first is None and (concurrency is None or len(running) < concurrency):
+                index = waiting.pop()
+                context = contextvars.copy_context()
+                if place is not None and ex is not None:
+                    branch = f"{place.branch}/{names[index]}"
+                    context.run(
+                        here.set, Here(ex, place.scope, branch, place.pred, place.epoch, place.outer, None)
+                    )
+                count_going(ex, 1)
+                running[threads.submit(context, fns[index], (), {})] = index
+            count_going(ex, -ended)
+            ended = 0
+            done, _ = wait(running, timeout=limit, return_when=FIRST_COMPLETED if first is None else ALL_COMPLETED)
+            if not done and limit is not None:
+                raise StepTimeout(f"parallel took longer than {limit:g}s")
+            for future in done:
+                index = running.pop(future)
+                ended += 1
+                error = future.exception()
+                if error is None:
+                    results[index] = future.result()
+                elif settle and isinstance(error, Exception):
+                    results[index] = error
+                elif first is None or not isinstance(error, Exception):
+                    first = error
+    finally:
+        for future in running:
+            future.add_done_callback(lambda _: count_going(ex, -1))
+        count_going(ex, 1 - ended)
     if first is not None:
         raise first
     return results

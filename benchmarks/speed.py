@@ -27,7 +27,9 @@ from pathlib import Path
 import agentflow
 from agentflow import workflow
 
-VALUE = {"text": "x" * 2000, "n": 1}
+
+def value(i: int) -> dict[str, object]:
+    return {"text": "x" * 2000, "n": i}
 
 
 class Raw:
@@ -41,10 +43,10 @@ class Raw:
         self.count = self.con.execute("select count(*) from t").fetchone()[0]
 
     def write(self, n: int) -> float:
-        text = json.dumps(VALUE)
         start = time.perf_counter()
         for _ in range(n):
             self.count += 1
+            text = json.dumps(value(self.count))
             self.con.execute("insert into t values (?, ?)", (f"key-{self.count:09d}", text))
         return (time.perf_counter() - start) / n
 
@@ -52,16 +54,18 @@ class Raw:
         """Reading a record so that its value can be used: the row and its JSON."""
         start = time.perf_counter()
         for i in range(n):
-            json.loads(self.con.execute("select v from t where k = ?", (f"key-{i % self.count + 1:09d}",)).fetchone()[0])
+            json.loads(
+                self.con.execute("select v from t where k = ?", (f"key-{i % self.count + 1:09d}",)).fetchone()[0]
+            )
         return (time.perf_counter() - start) / n
 
 
 async def produce(i: int) -> dict[str, object]:
-    return VALUE
+    return value(i)
 
 
 def produce_sync(i: int) -> dict[str, object]:
-    return VALUE
+    return value(i)
 
 
 timings: dict[str, float] = {}
@@ -176,8 +180,16 @@ def main() -> None:
             rounds, fresh("async", bench_async), fresh("sync", bench_sync), lambda: raw.write(n)
         )
         per = statistics.median(writes) * 1e6
-        rows.append(("fresh durable step, async function", f"{ratio(ours_async, writes):.2f}x a raw write ({per:.0f} µs)", "1.4x"))
-        rows.append(("fresh durable step, sync function in its thread", f"{ratio(ours_sync, writes):.2f}x a raw write", "2x"))
+        rows.append(
+            (
+                "fresh durable step, async function",
+                f"{ratio(ours_async, writes):.2f}x a raw write ({per:.0f} µs)",
+                "1.4x",
+            )
+        )
+        rows.append(
+            ("fresh durable step, sync function in its thread", f"{ratio(ours_sync, writes):.2f}x a raw write", "2x")
+        )
 
         bench_async.run_sync(n, "replayed")
 
@@ -194,7 +206,9 @@ def main() -> None:
             return timings["fan-out"]
 
         fans = median_of(rounds, fan)[0]
-        rows.append(("200 concurrent 50 ms steps, done and durable", f"{statistics.median(fans) * 1000:.0f} ms", "70 ms"))
+        rows.append(
+            ("200 concurrent 50 ms steps, done and durable", f"{statistics.median(fans) * 1000:.0f} ms", "70 ms")
+        )
 
         sizes = (2_000, 20_000) if args.quick else (10_000, 100_000)
         results = []
@@ -222,9 +236,17 @@ def main() -> None:
             "c.execute('pragma journal_mode=wal'); c.execute('pragma synchronous=full');"
             "c.execute('create table if not exists t (k, v)'); c.execute('insert into t values (1, 2)')"
         )
-        ours, theirs = median_of(rounds, lambda: once(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"), lambda: once(sqlite))
+        ours, theirs = median_of(
+            rounds,
+            lambda: once(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"),
+            lambda: once(sqlite),
+        )
         rows.append(
-            ("one-step script, start to result", f"{ratio(ours, theirs):.2f}x a bare process with SQLite ({statistics.median(theirs) * 1000:.0f} ms)", "2.2x")
+            (
+                "one-step script, start to result",
+                f"{ratio(ours, theirs):.2f}x a bare process with SQLite ({statistics.median(theirs) * 1000:.0f} ms)",
+                "2.2x",
+            )
         )
     print("| what | measured | goal |\n|---|---|---|")
     for what, measured, goal in rows:

@@ -125,8 +125,9 @@ async def test_coroutine_instead_of_a_function_is_refused_with_the_form_to_write
         return url
 
     coroutine = fetch("x")
-    message = refused(lambda: step("fetch", coroutine), "coroutine", error=TypeError)
-    assert "function" in message
+    refused(lambda: step("fetch", coroutine), "called already", 'step("fetch", fetch, ...)', error=TypeError)
+    with pytest.raises(TypeError, match="called already"):
+        sync.step("fetch", coroutine)
     coroutine.close()
 
 
@@ -247,7 +248,6 @@ async def typed(ctx: Context, order: Order, count: int = 1, tags: list[str] | No
         (({"id": "1", "total": "many"},), {}, ("order.total", "many")),
         (({"id": "1"},), {}, ("order.total",)),
         ((Order(id="1", total=1), "three"), {}, ("count", "int", "three")),
-        ((Order(id="1", total=1), True), {}, ("count",)),
         ((Order(id="1", total=1),), {"tags": "red"}, ("tags", "red")),
         ((Order(id="1", total=1),), {"color": "red"}, ("color", "It takes")),
         ((), {}, ("order", "It takes")),
@@ -358,7 +358,7 @@ async def test_model_call_without_a_model_says_where_to_name_one_and_sends_nothi
     assert model.calls == []
 
 
-@pytest.mark.parametrize("name", ["gpt-4o", "nobody:gpt", "openai:", ""])
+@pytest.mark.parametrize("name", ["unheard-of", "nobody:gpt", "openai:", ""])
 async def test_model_that_no_provider_knows_is_refused(name: str) -> None:
     with FakeModel([]):
         with pytest.raises(UsageError):

@@ -1,0 +1,139 @@
+"""What commands print: data on stdout, words on stderr, secrets nowhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agentflow.redact import redact, redact_value
+from agentflow.scratch import open_journal
+from agentflow.settings import settings
+
+STYLES = {
+    **{"completed": "green", "approved": "green", "answered": "green", "running": "cyan", "waiting": "yellow"},
+    **{"open": "yellow", "failed": "red", "rejected": "red", "interrupted": "magenta", "cancelled": "dim"},
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that has no colour when it is piped or ``NO_COLOR`` is set, and cuts nothing off when piped."""
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if os.environ.get("NO_COLOR"):
+        made = Console(
+            stderr=stderr, highlight=False, markup=False, emoji=False, color_system=None, width=made.size.width
+        )
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = 10_000
+    return made
+
+
+def clean(text: str) -> str:
+    """Text without what could steer a terminal."""
+    return _CONTROL.sub("�", text)
+
+
+def cell(value: Any, style: str = "") -> Text:
+    return Text(clean(redact("-" if value is None else str(value))), style=style or STYLES.get(str(value), ""))
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Columns named with a leading ``>`` are numbers, set to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in columns:
+        made.add_column(
+            name.lstrip(">").upper(), justify="right" if name.startswith(">") else "left", overflow="fold"
+        )
+    for row in rows:
+        made.add_row(*map(cell, row))
+    _print(made)
+
+
+def fields(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Names and values, one a line; values that are None are left out."""
+    made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for name, value in pairs:
+        if value is not None:
+            made.add_row(name, cell(value))
+    _print(made)
+
+
+def _print(made: Table) -> None:
+    """Without the spaces that fill up lines when there is no terminal."""
+    screen = console()
+    if screen.is_terminal:
+        return screen.print(made)
+    with screen.capture() as captured:
+        screen.print(made)
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+
+
+def words(text: str) -> None:
+    """A remark on stderr."""
+    print(clean(redact(text)), file=sys.stderr)
+
+
+def data(value: Any) -> None:
+    """JSON on stdout."""
+    sys.stdout.write(json_text(value, indent=True) + "\n")
+
+
+def json_text(value: Any, *, indent: bool = False) -> str:
+    """JSON for people and programs: no type tags, no secrets."""
+    tree = orjson.loads(orjson.dumps(_plain(value), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME))
+    return orjson.dumps(redact_value(tree), option=orjson.OPT_INDENT_2 if indent else 0).decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | float):
+        return value
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**64 else str(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump())
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return str(value)
+
+
+def dollars(value: Decimal | None) -> float | None:
+    """Money in JSON: a number of dollars, null when unknown."""
+    return None if value is None else float(value)
+
+
+def when(moment: datetime | None) -> str | None:
+    """A moment for people, in their time zone."""
+    if moment is None:
+        return None
+    local = moment.astimezone()
+    return f"{local:%H:%M:%S}" if local.date() == datetime.now(UTC).astimezone().date() else f"{local:%Y-%m-%d %H:%M}"
+
+
+def has_journal() -> bool:
+    """Whether there is one to look at; looking creates none."""
+    from agentflow.layout import DB_NAME, default_path
+
+    folder = settings.path or default_path()
+    if (folder / DB_NAME).exists() or (folder / "journal.json").exists():
+        open_journal()
+        return True
+    words(f"No journal in {folder}. AGENTFLOW_PATH=... or another directory looks elsewhere.")
+    return False

@@ -1,0 +1,114 @@
+"""``agentflow runs``: what ran."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from agentflow import runs
+from agentflow.cli import output
+from agentflow.durations import words
+from agentflow.errors import RunNotFound
+from agentflow.handles import Run
+from agentflow.records import StepRecord, money
+
+app = typer.Typer(help="What ran, and what its steps did.", no_args_is_help=True, rich_markup_mode=None)
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_(
+    status: Annotated[str | None, typer.Option(help="running, waiting, completed, failed, ...")] = None,
+    workflow: Annotated[str | None, typer.Option(help="Only runs of this workflow.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    json: JSON = False,
+) -> None:
+    """Runs, newest first."""
+    found = runs.list(status=status, workflow=workflow, limit=limit) if output.has_journal() else []
+    if json:
+        return output.data([summary(run) for run in found])
+    if not found:
+        return output.words("No runs.")
+    output.table(
+        ("run", "workflow", "status", "started", ">paid", ">saved"),
+        (
+            (r.id, r.workflow, r.status, output.when(r.started_at), money(r.cost), money(r.saved))
+            for r in found
+        ),
+    )  # fmt: skip
+
+
+@app.command()
+def show(run_id: Annotated[str, typer.Argument(metavar="RUN")], json: JSON = False) -> None:
+    """One run and its steps. RUN is its id, or enough of its beginning or end."""
+    if not output.has_journal():
+        raise RunNotFound(f"no run {run_id!r}.")
+    run = runs.get(run_id)
+    steps = run.steps
+    if json:
+        more = {"input": run.input, "output": run.output, "error": run.error, "steps": [step(s) for s in steps]}
+        return output.data(summary(run) | more)
+    took = (run.completed_at - run.started_at).total_seconds() if run.completed_at else None
+    output.fields(
+        (
+            ("run", run.id),
+            ("workflow", run.workflow),
+            ("status", run.status),
+            ("started", output.when(run.started_at)),
+            ("took", None if took is None else words(took)),
+            ("paid", f"{money(run.cost)}, saved {money(run.saved)}"),
+            ("input", output.json_text(run.input)),
+            ("output", output.json_text(run.output) if run.status == "completed" else None),
+            ("error", run.error),
+            *(("waits for", waits(wait)) for wait in run.waiting_on),
+        )
+    )
+    if steps:
+        output.console().print()
+        output.table(("step", "status", ">attempts", ">took", ">cost", "model"), (_row(s) for s in steps))
+    for each in steps:
+        if each.error:
+            output.console().print(output.cell(f"{each.name}: {each.error}", "red"))
+
+
+def _row(record: StepRecord) -> tuple[Any, ...]:
+    took = record.duration
+    return (
+        f"{'  ' if record.parent else ''}{record.name}",
+        record.status,
+        record.attempts,
+        None if took is None else words(took),
+        money(record.cost) if record.cost is not None or record.model else None,
+        record.model,
+    )
+
+
+def waits(wait: dict[str, Any]) -> str:
+    if wait["kind"] == "task":
+        return f"{wait['title'] or wait['type']}: agentflow tasks approve {wait['id']}"
+    return str(wait["kind"])
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """One run in the JSON of ``runs list``."""
+    return {
+        "id": run.id,
+        "workflow": run.workflow,
+        "status": run.status,
+        "started_at": run.started_at,
+        "completed_at": run.completed_at,
+        "cost": output.dollars(run.cost),
+        "saved": output.dollars(run.saved),
+        "waiting_on": run.waiting_on,
+        "error": run.error,
+    }
+
+
+def step(record: StepRecord) -> dict[str, Any]:
+    """One step in the JSON of ``runs show``."""
+    names = (
+        "name", "id", "kind", "status", "started_at", "completed_at", "duration", "attempts", "idempotency_key",
+        "output", "error", "usage", "model", "parent", "in_doubt",
+    )  # fmt: skip
+    return {name: getattr(record, name) for name in names} | {"cost": output.dollars(record.cost)}
