@@ -75,10 +75,13 @@ class _Recorder:
 
 def _without_form(given: str) -> Any:
     """A recorded request without the schema of its answer."""
-    body = (request := codec.decode(given))["body"]
-    other = {key: value for key, value in body.items() if key not in ("response_format", "text", "output_config")}
-    settings = {key: {k: v for k, v in body[key].items() if k != "format"} for key in ("text", "output_config") if key in body}
-    return {**request, "body": {**other, **{key: value for key, value in settings.items() if value}}}
+    request = orjson.loads(given)
+    body = request["body"]
+    body.pop("response_format", None)
+    for key in ("text", "output_config"):
+        if isinstance(body.get(key), dict) and body[key].pop("format", None) and not body[key]:
+            del body[key]
+    return request
 
 
 def _transient(exc: BaseException) -> bool:
@@ -111,7 +114,7 @@ def generate_content(
     batch: bool = ...,
     on_text: Callable[[str], Any] | None = ...,
     extra: Mapping[str, Any] | None = ...,
-) -> Coroutine[Any, Any, T]: ...
+) -> Coroutine[None, None, T]: ...
 @overload
 def generate_content(
     prompt: str | prompts.Prompt | Sequence[Mapping[str, Any]],
@@ -134,7 +137,7 @@ def generate_content(
     batch: bool = ...,
     on_text: Callable[[str], Any] | None = ...,
     extra: Mapping[str, Any] | None = ...,
-) -> Coroutine[Any, Any, str]: ...
+) -> Coroutine[None, None, str]: ...
 @overload
 def generate_content(
     prompt: str | prompts.Prompt | Sequence[Mapping[str, Any]],
@@ -158,7 +161,7 @@ def generate_content(
     batch: bool = ...,
     on_text: Callable[[str], Any] | None = ...,
     extra: Mapping[str, Any] | None = ...,
-) -> Coroutine[Any, Any, Any]: ...
+) -> Coroutine[None, None, Any]: ...
 def generate_content(prompt: Any, *, retry: Any = None, **options: Any) -> Any:
     """Ask a model, once: ``answer = await generate_content("Name three rivers.")``.
 
@@ -199,7 +202,7 @@ def generate_content(prompt: Any, *, retry: Any = None, **options: Any) -> Any:
     call.request = prepared.request
     call.given = data_text(prepared.request)
     call.digest = data_digest(prepared.request)
-    call.policy = "auto"
+    call.policy = "error" if ex.on_change == "error" and place is not None and place.outer is None else "auto"
 
     async def ask() -> Any:
         at = here.get()

@@ -100,7 +100,7 @@ def decode(text: str) -> Any:
 
 
 def look(text: str) -> Any:
-    """``decode`` for looking on from outside: an object whose class is not loaded here is shown as a dict of its fields.
+    """``decode`` for looking on from outside: an object whose class is not loaded here becomes a dict of its fields.
 
     >>> look('{"$af":"model","t":"nowhere:Order","v":{"id":"A-1","lines":{"$af":"tuple","v":[1]}}}')
     {'id': 'A-1', 'lines': (1,)}

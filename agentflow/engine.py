@@ -55,6 +55,11 @@ from agentflow.run import Attempts
 
 Process = Generator[Effect, Any, Any]
 
+
+class Overtaken(BaseException):
+    """The record lost to one of another process, which took this step's claim over while this one was stopped."""
+
+
 # Not failures of the step: these leave it as it is and the run resumable.
 NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy)
 
@@ -127,6 +132,16 @@ def _keyed(call: Call) -> Process:
                 continue
             call.extra_ops = (f"{base}{version:06d}",)
             return (yield from _run(call, again=version))
+        except Overtaken:
+            # What the step returned here stands beside it as an older version: it happened.
+            row, _ = _keyed_row(call, base)
+            if row is None:
+                continue
+            ex.warn(f"{call.name}: its key {key!r} was taken over while this process was stopped; that result is used")
+            own_slot = ex.own_slot(call)
+            yield ("commit", [ex.records.record(own_slot, row.text)], False)
+            ex.committed(own_slot)
+            return ex.deliver(call, row)
         finally:
             claim.release()
 
@@ -176,6 +191,9 @@ def _claimed(call: Call) -> Process:
             if fresh is not None and fresh.n > before:
                 continue
             return (yield from _run(call))
+        except Overtaken:
+            ex.warn(f"{call.name}: was taken over while this process was stopped; that result is used")
+            continue
         finally:
             claim.release()
 
@@ -285,6 +303,9 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
         )
     decision = yield ("ask", call)
     if not decision.approved:
+        refused = f"d/{ex.key}/{call.occ}.{slot.n + 1}.no/"
+        count = sum(1 for _ in ex.journal.scan(refused))
+        yield ("commit", [Add(f"{refused}{count:04d}", call.name)], False)
         return None
     text, value = codec.roundtrip(decision.data, where="result")
     current = Current(call, ex.key_of(call, slot.voids()), state.failed + 1, state.sample)
@@ -308,8 +329,11 @@ def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Genera
         ops += [extra for extra in call.extra_ops if not isinstance(extra, str)]
     if call.code is not None and ex.new_code(call.code.digest):
         ops.append(Add(f"c/{call.code.digest}", orjson.dumps(call.code.parts).decode()))
-    yield ("commit", ops, head.get("ai", False))
+    recorded = yield ("commit", ops, head.get("ai", False))
     ex.committed(slot)
+    claimed = 1 + (len(named) if head["status"] == "completed" else 0)
+    if (named or ex.scratch) and not all(recorded[:claimed]):
+        raise Overtaken
 
 
 def _head(

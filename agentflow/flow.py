@@ -270,10 +270,12 @@ class Workflow(Generic[P, T]):
                 self._give_up(opened)
                 raise
             ex.closed = ex.suspended = False
-            self._before_undoing(opened)
             try:
+                self._before_undoing(opened)
                 if ex.compensations:
                     await execute(ex, lambda: self._undo(ex))
+            except Suspend:
+                raise self._close_waiting(opened) from None
             except BaseException:
                 self._give_up(opened)
                 raise
@@ -321,13 +323,16 @@ class Workflow(Generic[P, T]):
             if isinstance(error, JournalError):
                 self._give_up(opened)
                 raise
-            self._before_undoing(opened)
             try:
+                self._before_undoing(opened)
                 for call, slot, value in self._to_undo(ex):
                     try:
                         drive_blocking(self._undoing(ex, call, slot, value))
                     except Exception as failure:
                         self._not_undone(ex, call, failure)
+            except Suspend:
+                ex.closed = True
+                raise self._close_waiting(opened) from None
             except BaseException:
                 self._give_up(opened)
                 raise
@@ -397,12 +402,18 @@ class Workflow(Generic[P, T]):
             }
             document |= {"input": text, "code": self._code(), "status": None}
             ops = rundocs.write(document, "running")
-            ops[0] = Add(f"r/{in_key(run_id)}", orjson.dumps(document).decode())
             named = (
                 f"={in_key(self._named(arguments))}" if self._run_id or self._run_options.run_id else document["digest"]
             )
             ops.append(Put(f"p/{in_key(self.name)}/{named}", run_id))
-        lease = acquire(journal, rundocs.lease_key(run_id), ops=ops, what=f"run {run_id}", run_id=run_id)
+        lease = acquire(
+            journal,
+            rundocs.lease_key(run_id),
+            ops=ops,
+            unless=f"r/{in_key(run_id)}",  # another process may have made the run, and ended it, in the meantime
+            what=f"run {run_id}",
+            run_id=run_id,
+        )
         try:
             stored = rundocs.read(journal, run_id)
             if new and stored is not None and stored["created_at"] == document["created_at"]:

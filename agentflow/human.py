@@ -5,6 +5,7 @@ A task is a document ``h/<task>``; ``ht/<run>/<name>/<task>`` finds a run's task
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -78,19 +79,22 @@ def _form(schema: Any) -> dict[str, Any] | None:
         raise UsageError(f"human_task(schema={schema!r}) is no type that can be filled in: {error}") from error
 
 
-def task_id(call: Call) -> str:
+def task_id(call: Call, again: int = 0) -> str:
     slot = call.ex.own_slot(call)
-    return "t-" + short(f"{call.ex.run_id}/{slot.id}.{slot.n + 1}", 10)
+    return "t-" + short(f"{call.ex.run_id}/{slot.id}.{slot.n + 1}" + (f"~{again}" if again else ""), 10)
 
 
-def _wait(call: Call, facts: dict[str, Any], limit: float | None) -> Wait:
+def _wait(call: Call, facts: dict[str, Any], limit: float | None, again: int = 0) -> Wait:
     ex = call.ex
-    ident = task_id(call)
+    ident = task_id(call, again)
     found = read(ex, ident)
+    if (found is None or found["status"] == "withdrawn") and (same := _same_question(call)) is not None:
+        ident, found = same["id"], same
     if found is None or found["status"] == "withdrawn":
         _refuse_endless(call)
         found = _open(call, ident, facts, limit)
     ex.asked_tasks.add(ident)
+    call.extra_ops = (*call.extra_ops, Put(_used(ex, ident), ex.own_slot(call).id))
     info = {
         "kind": "task",
         "id": ident,
@@ -150,6 +154,27 @@ def open_key(document: dict[str, Any]) -> str:
     return f"xt/open/{int(document['created_at'] * 1000):014d}-{document['id']}"
 
 
+def _used(ex: Execution, ident: str) -> str:
+    """Where it stands which record holds a task's outcome; nothing there while none does."""
+    return f"hu/{ex.key}/{ident}"
+
+
+def _same_question(call: Call) -> dict[str, Any] | None:
+    """A task of this run that shows the very same and that no record holds: an edit elsewhere asks nobody again."""
+    ex = call.ex
+    if ex.prior is None or call.kind != "human":
+        return None
+    base = f"ht/{ex.key}/{call.ident[:NS]}/"
+    idents = [key[len(base) :] for key, _ in ex.journal.scan(base)]
+    found = [read(ex, ident) for ident in idents if ident not in ex.asked_tasks]
+    same = [
+        other for other in found
+        if other is not None and other["given"] == call.given and other["status"] != "withdrawn"
+        and ex.journal.get(_used(ex, other["id"])) is None
+    ]  # fmt: skip
+    return min(same, key=lambda other: float(other["created_at"]), default=None)
+
+
 def _refuse_endless(call: Call) -> None:
     """A clock in the data would ask again after every answer: refuse, naming the field."""
     from agentflow.compare import differences, unified
@@ -162,7 +187,8 @@ def _refuse_endless(call: Call) -> None:
         other = read(ex, key[len(base) :])
         if other is None or other["id"] in ex.asked_tasks or other["status"] in ("open", "withdrawn", "expired"):
             continue
-        if any(slot.claimed and ex.task_of_slot(slot) == other["id"] for slot in ex.records.named(call.ident[:NS])):
+        holder = ex.journal.get(_used(ex, other["id"]))
+        if any(slot.claimed and slot.id == holder for slot in ex.records.named(call.ident[:NS])):
             continue
         found = differences(other["given"], call.given)
         error = NondeterministicStep(
@@ -265,7 +291,11 @@ def ask_in_doubt(call: Call) -> Wait:
         "data": codec.encode({"step": call.name, "run_id": ex.run_id, "idempotency_key": ex.key_of(call, 0)}),
         "digest": call.digest,
     }
-    wait = _wait(call, facts, None)
+    # A "no" allowed one more attempt: if that is in doubt as well, people are asked anew.
+    slot = ex.own_slot(call)
+    asked = sum(1 for _ in ex.journal.scan(f"d/{ex.key}/{call.occ}.{slot.n + 1}.no/"))
+    ex.asked_tasks.update(task_id(call, again) for again in range(asked))
+    wait = _wait(call, facts, None, asked)
     inner = wait.check
 
     def check() -> Any:

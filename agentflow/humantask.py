@@ -22,7 +22,7 @@ def human_task(
     schema: None = ...,
     timeout: Duration | None = ...,
     on_timeout: Any = ...,
-) -> Coroutine[Any, Any, Decision]: ...
+) -> Coroutine[None, None, Decision]: ...
 @overload
 def human_task(
     type: str = ...,
@@ -33,7 +33,7 @@ def human_task(
     schema: type[T],
     timeout: Duration | None = ...,
     on_timeout: Any = ...,
-) -> Coroutine[Any, Any, T]: ...
+) -> Coroutine[None, None, T]: ...
 def human_task(
     type: str = "approve",
     assign_to: Any = None,

@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from agentflow.errors import JournalIncomplete
 from agentflow.journal import Add, Journal
 
 NS, GIVEN, BRANCH, PRED = 10, 20, 6, 10
@@ -111,6 +112,7 @@ class Records:
         self._by_ident: dict[str, Slot | dict[str, Slot]] = {}
         self._by_ns: dict[str, list[Slot]] = {}
         self._free: dict[str, int] = {}
+        self._lent: set[str] = set()
         self._window: dict[str, str] = {}
         self._used = self._reads = 0
 
@@ -153,6 +155,12 @@ class Records:
         if not slot.claimed:
             self._free[slot.ident[:NS]] -= 1
             slot.claimed = how
+            if how == "lent":
+                self._lent.add(slot.ident)
+
+    def lent(self, ident: str) -> bool:
+        """Whether a record of this very ident was handed to a call that only resembles it."""
+        return ident in self._lent and any(slot.claimed == "lent" for slot in self.slots(ident))
 
     def release(self, slot: Slot) -> None:
         """Nobody's again: the attempt in which it was claimed has failed."""
@@ -178,6 +186,11 @@ class Records:
         if isinstance(known, dict):
             return known.get(place)
         return known if known.place == place else None
+
+    def same(self, ident: str) -> str:
+        """The ident as it is held already: one string for all who keep it, in runs of many steps."""
+        known = self._by_ident.get(ident)
+        return known.ident if type(known) is Slot else ident
 
     def repeated(self, ident: str) -> bool:
         """Whether more than one place has this ident."""
@@ -217,7 +230,11 @@ class Records:
                 return text
         text = self.journal.get(key)
         if text is None:
-            raise KeyError(key)
+            raise JournalIncomplete(
+                f"{self.journal.path}: record {key} of run {self.run_id} cannot be read: something else stands in its "
+                "place. Running on could pay again for what it held. Restore the journal from a copy, or begin a new "
+                "run with fresh=True."
+            )
         self._used += 1
         return text
 

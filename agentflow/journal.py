@@ -497,7 +497,10 @@ def _prefix_end(prefix: str) -> str | bytes:
 
 def _open(cls: type[Journal], path: Path) -> Journal:
     layout.check_place(path)
-    sibling = layout.read_sibling(path) if path.is_dir() else None
+    try:
+        sibling = layout.read_sibling(path) if path.is_dir() else None
+    except PermissionError as error:
+        raise _read_only(path, error) from error
     if sibling is None:
         sibling = _create(path)
     if not os.access(path, os.W_OK | os.X_OK) or not os.access(path / DB_NAME, os.F_OK | os.W_OK):
@@ -510,9 +513,8 @@ def _open(cls: type[Journal], path: Path) -> Journal:
             con = journal._writer._con = connect(journal._file, readonly=False)
             changed = layout.check_store(path, con, sibling)
             if con.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-                con.execute("PRAGMA busy_timeout = 5000")
                 con.execute("PRAGMA journal_mode = WAL")
-                con.execute("PRAGMA busy_timeout = 0")
+            con.execute("PRAGMA busy_timeout = 0")
         if changed:
             _repair(journal, changed)
         journal._take_in_earlier()

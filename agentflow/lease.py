@@ -203,7 +203,9 @@ class Lease:
         return True
 
 
-def acquire(journal: Journal, key: str, *, ops: Sequence[Op] = (), what: str, run_id: str = "") -> Lease:
+def acquire(
+    journal: Journal, key: str, *, ops: Sequence[Op] = (), unless: str | None = None, what: str, run_id: str = ""
+) -> Lease:
     """Take a lease and commit ``ops`` in the same transaction. Returns when both are fsynced.
 
     A lease is free when it was released, when its process on this machine is gone, or when it has run out.
@@ -212,13 +214,16 @@ def acquire(journal: Journal, key: str, *, ops: Sequence[Op] = (), what: str, ru
         journal: where the lease is kept.
         key: its row, such as ``"lease/<run>"``.
         ops: committed together with the acquisition, or not at all.
+        unless: a key; when it is taken by then, the ops are left out.
         what: what is being taken, for the error ("run process-order-3f9a").
         run_id: for the error's attribute.
 
     Raises:
         RunBusy: somebody holds it; the message says who and how to stop it.
     """
-    lease = journal.guarded(lambda txn: _take(journal, txn, key, ops, what, run_id))
+    lease = journal.guarded(
+        lambda txn: _take(journal, txn, key, () if unless and txn.get(unless) is not None else ops, what, run_id)
+    )
     _heart(journal).keep(lease)
     return lease
 

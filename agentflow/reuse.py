@@ -35,22 +35,21 @@ def find(call: Call) -> Generator[Effect, Any, Row | None]:
     ex = call.ex
     slot = call.slot
     if slot is None:
-        taken = ex.records.at(call.ident, call.place)
-        if taken is not None and taken.claimed == "lent":
-            raise located(
-                NondeterministicStep(
-                    f"step {call.name!r} was recorded once, was reused for a call that differs from it only by a clock "
-                    "reading, uuid or address, and is now asked for exactly. Use ctx.now() or ctx.uuid4(), or give the "
-                    "step an idempotency_key."
-                ),
-                call,
-            )
         slot = ex.in_branch(call)
         if slot is None and ex.others(call):
             # Siblings that have this record in their own place get the chance to claim it first.
             yield ("settle",)
             slot = ex.elsewhere(call) or like(call)
         if slot is None:
+            if ex.records.lent(call.ident):
+                raise located(
+                    NondeterministicStep(
+                        f"step {call.name!r} was recorded once, was reused for a call that differs from it only by a "
+                        "clock reading, uuid or address, and is now asked for exactly. Use ctx.now() or ctx.uuid4(), "
+                        "or give the step an idempotency_key."
+                    ),
+                    call,
+                )
             if ex.others(call):
                 _refuse_changed(call)
                 ex.missed(call)

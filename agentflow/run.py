@@ -157,6 +157,7 @@ class Execution:
             call.place = f"{self._in_cell(ident):x}"
             call.counted = f"{ident}{call.place}"
             return
+        ident = self.records.same(ident)
         repeat = place.repeats.get(ident, 0)
         place.repeats[ident] = repeat + 1
         if not place.key:
@@ -301,9 +302,6 @@ class Execution:
             call.slot = self.records.add(Slot(call.ident, place))
             self.take(call, call.slot)
         return call.slot
-
-    def task_of_slot(self, slot: Slot) -> str:
-        return "t-" + short(f"{self.run_id}/{slot.id}.{max(slot.n, 0)}", 10)
 
     def versions(self, slot: Slot) -> Iterator[int]:
         """Versions that count; those undone count still while the undoing goes on after a crash."""

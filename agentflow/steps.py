@@ -122,8 +122,8 @@ class Step(Generic[P, T]):
         self._start = start
         functools.update_wrapper(self, fn)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        result: Coroutine[Any, Any, T] = self._start(make_call(self.name, self.fn, args, kwargs, self._options))
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[None, None, T]:
+        result: Coroutine[None, None, T] = self._start(make_call(self.name, self.fn, args, kwargs, self._options))
         return result
 
     def options(self, **options: Any) -> Step[P, T]:
@@ -202,7 +202,7 @@ def step(
     in_doubt: Literal["rerun", "raise", "ask"] = ...,
     max_age: Duration | None = ...,
     thread: bool = ...,
-) -> Coroutine[Any, Any, T]: ...
+) -> Coroutine[None, None, T]: ...
 @overload
 def step(
     name: str,
@@ -219,7 +219,7 @@ def step(
     in_doubt: Literal["rerun", "raise", "ask"] = ...,
     max_age: Duration | None = ...,
     thread: bool = ...,
-) -> Coroutine[Any, Any, T]: ...
+) -> Coroutine[None, None, T]: ...
 def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any:
     """Run a function once and keep its result: ``await step("fetch", fetch, url)``.
 

@@ -174,12 +174,12 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
         cached_statements=64,
     )
     try:
-        if readonly:
-            # Recovering the log after a crash takes a lock for a moment, so let a reader wait for that.
-            con.execute("PRAGMA busy_timeout = 5000")
-        else:
+        # Recovering the log after a crash takes a lock for a moment, which the first look has to wait for.
+        con.execute("PRAGMA busy_timeout = 5000")
+        if not readonly:
             con.execute("PRAGMA synchronous = FULL")
-        con.execute("PRAGMA mmap_size = 67108864")
+        # Mapped pages count as this process's memory: enough for the hot part, no more.
+        con.execute("PRAGMA mmap_size = 8388608")
     except BaseException:
         con.close()
         raise

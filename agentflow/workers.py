@@ -36,6 +36,10 @@ class _Threads:
             future, context, fn, args, kwargs = self._work.get()
             try:
                 result = context.run(fn, *args, **kwargs)
+            except StopIteration as error:  # cannot be raised into a future: its waiter would wait for ever
+                stopped = RuntimeError(f"{getattr(fn, '__qualname__', fn)} raised StopIteration")
+                stopped.__cause__ = error
+                future.set_exception(stopped)
             except BaseException as error:
                 future.set_exception(error)
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import agentflow
-from agentflow import scratch
+from agentflow import ledger, scratch
 from agentflow.journal import Journal
 from agentflow.settings import settings
 
@@ -30,10 +30,13 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     for name in _ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "journal"
+    prices = dict(ledger._PRICES)
     monkeypatch.setenv("AGENTFLOW_PATH", str(path))
     yield path
     agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, quiet=False)
     settings.clock = None
+    ledger._PRICES.clear()
+    ledger._PRICES.update(prices)
     scratch._scopes.clear()
 
 

@@ -10,15 +10,16 @@ import functools
 import json
 import textwrap
 import types
+import uuid
 
 import numpy as np
 import pytest
 
-from agentflow import CapturedChanged, UsageError, generate_content, parallel, step, workflow
+from agentflow import CapturedChanged, NondeterministicStep, UsageError, generate_content, parallel, step, workflow
 from agentflow.testing import FakeModel
 from tests.programs import notes, run_program
 
-HEAD = '''
+HEAD = """
 import json, random, threading, time, uuid
 from datetime import datetime
 
@@ -27,7 +28,7 @@ def first():
 
 def show(value):
     print(json.dumps(value))
-'''
+"""
 
 
 def killed_then_restarted(source, folder, *, between=lambda: None, env=None):
@@ -309,6 +310,29 @@ async def test_step_inserted_between_exact_repeats_leaves_them_their_answers():
     assert next(numbers) == 3
 
 
+async def test_step_inserted_in_front_of_equal_steps_in_branches_runs_nothing_again():
+    """7: both branches make the same calls; a new one stands before them, and the branches change places."""
+    numbers, insert, labels = iter(range(99)), False, ["a", "b"]
+
+    def pick():
+        return next(numbers)
+
+    async def branch(label):
+        if insert:
+            await step("check", str, label)
+        return label, [await step("pick", pick), await step("pick", pick)]
+
+    @workflow
+    async def flow(ctx, n: int):
+        return dict(await asyncio.gather(*(branch(label) for label in labels)))
+
+    before = await flow.run(1)
+    insert = True
+    labels.reverse()
+    assert await flow.run(1) == before
+    assert next(numbers) == 4
+
+
 @pytest.mark.parametrize("insert", [False, True])
 async def test_repeats_that_change_what_they_were_given_keep_their_order(insert):
     """7, 22: no two of them were given the same, and after the run they all are."""
@@ -507,7 +531,9 @@ def test_accident_of_the_moment_handed_to_a_charge_charges_once(tmp_path, readin
     assert advice in err and "charge" in err
 
 
-@pytest.mark.parametrize("call", ["charge, datetime.now()", "lambda: charge(now)", "lambda now=datetime.now(): charge(now)"])
+@pytest.mark.parametrize(
+    "call", ["charge, datetime.now()", "lambda: charge(now)", "lambda now=datetime.now(): charge(now)"]
+)
 def test_finished_run_with_a_clock_in_its_body_charges_once(tmp_path, call):
     """14: the run had completed; it is run again by another process."""
     _, got, err = run_twice(
@@ -628,6 +654,81 @@ def test_random_choice_in_the_body_is_said(tmp_path):
     assert got == int(after)
     assert "use: a recorded result was not used; it was asked for with other data" in err
     assert before in err and after in err
+
+
+async def test_records_that_differ_only_by_accident_and_have_other_results_are_not_guessed():
+    """13: two charges with a fresh uuid each are recorded; the next run cannot know which is which."""
+    charged = []
+
+    @workflow
+    async def flow(ctx, n: int):
+        return [await step("charge", charge, str(uuid.uuid4())) for _ in range(2)]
+
+    def charge(ref):
+        charged.append(ref)
+        return f"receipt {len(charged)}"
+
+    assert await flow.run(1) == ["receipt 1", "receipt 2"]
+    with pytest.raises(NondeterministicStep, match=r"(?s)'charge'.*uuid4.*ctx\.uuid4\(\).*idempotency_key"):
+        await flow.run(1)
+    assert len(charged) == 2
+
+
+async def test_record_that_was_lent_and_is_then_asked_for_exactly_is_refused():
+    """13: the first call takes the record of another uuid; then that very uuid comes."""
+    recorded, charged = str(uuid.uuid4()), []
+    refs = [recorded]
+
+    @workflow
+    async def flow(ctx, n: int):
+        for ref in refs:
+            await step("charge", charge, ref)
+
+    def charge(ref):
+        charged.append(ref)
+
+    await flow.run(1)
+    refs[:] = [str(uuid.uuid4()), recorded]
+    with pytest.raises(NondeterministicStep, match="asked for exactly"):
+        await flow.run(1)
+    assert charged == [recorded]
+
+
+async def test_uuids_that_a_step_returned_are_data():
+    """13: a uuid found in a recorded output is no accident: each order is charged once, none gets another's."""
+    orders, charged, wanted = [str(uuid.uuid4()) for _ in range(3)], [], 1
+
+    def charge(order):
+        charged.append(order)
+        return f"receipt for {order}"
+
+    @workflow
+    async def flow(ctx, n: int):
+        found = await step("orders", lambda: orders)
+        return [await step("charge", charge, order) for order in found[::-1][:wanted]]
+
+    await flow.run(1)
+    wanted = 3
+    assert await flow.run(1) == [f"receipt for {order}" for order in orders[::-1]]
+    assert charged == orders[::-1]
+    wanted = 1
+    orders_again = await flow.run(1)
+    assert orders_again == [f"receipt for {orders[-1]}"]
+    assert len(charged) == 3
+
+
+async def test_values_of_the_context_are_the_same_after_a_restart(said):
+    """13, 14, 18: what the warnings point to."""
+    charged = []
+
+    @workflow
+    async def flow(ctx, n: int):
+        await step("charge", lambda *given: charged.append(given), ctx.now(), ctx.uuid4(), ctx.random())
+
+    await flow.run(1)
+    await flow.run(1)
+    assert len(charged) == 1
+    assert "differs" not in said()
 
 
 # -- globals, objects, aliasing ----------------------------------------------------------------------------------------

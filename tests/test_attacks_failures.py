@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import itertools
 import os
@@ -18,7 +17,7 @@ import agentflow
 from agentflow import InvalidReply, NondeterministicStep, Waiting, runs, tasks
 from agentflow.testing import FakeModel
 from tests.loopback import Loopback
-from tests.programs import PRELUDE, notes, run_program, write_program
+from tests.programs import notes, run_program, write_program
 
 Edition = Callable[[str], ModuleType]
 _numbers = itertools.count()
@@ -581,8 +580,10 @@ def test_46_what_crashed_as_main_is_resumed_by_one_that_imports_it(folder: Path)
     assert notes(folder) == ["charge"]
     assert len(runs.list()) == 1
     resumed = folder / "resumed.py"
-    resumed.write_text("import app, asyncio\nfrom agentflow import runs\nprint(asyncio.run(again()))\n".replace(
-        "print(", "async def again():\n    return await runs.list()[0]\nprint("
-    ))
+    resumed.write_text(
+        "import app, asyncio\nfrom agentflow import runs\nprint(asyncio.run(again()))\n".replace(
+            "print(", "async def again():\n    return await runs.list()[0]\nprint("
+        )
+    )
     assert "thanks for 100" in run_program(resumed, folder).out
     assert notes(folder) == ["charge"]

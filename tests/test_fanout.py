@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -548,6 +549,33 @@ async def test_fan_outs_nest_and_replay() -> None:
     assert await nested.run() == seen[0]
     assert RAN["leaf"] == 32
     assert len({leaf for rows in seen[0].values() for pair in rows for leaf in pair}) == 32
+
+
+async def test_branches_that_differ_by_a_clock_reading_only_are_lent_their_own_records() -> None:
+    async def ask(now: datetime) -> int:
+        RAN["ask"] += 1
+        number = RAN["ask"]
+        await asyncio.sleep(0.002 * (5 - number))
+        return number
+
+    async def branch(item: str) -> int:
+        await asyncio.sleep(random.random() * 0.01)
+        return await step("ask", ask, datetime.now(UTC))
+
+    seen: list[dict[str, int]] = []
+
+    @workflow
+    async def clocked(ctx: Any) -> Any:
+        order = "abcde" if not seen else "cebad"
+        seen.append(dict(zip(order, await parallel.map(branch, order), strict=True)))
+        await step("then", then)
+        return seen[-1]
+
+    with pytest.raises(ZeroDivisionError):
+        await clocked.run()
+    SWITCH.add("repaired")
+    assert await clocked.run() == seen[0]
+    assert RAN["ask"] == 5
 
 
 async def test_a_list_that_shrinks_to_one_new_item_gives_it_no_neighbours_answer() -> None:

@@ -329,3 +329,34 @@ def test_a_call_that_was_in_flight_at_the_kill_is_bought_again_and_said_to_be_in
         assert len(server.arrived) == 2
         assert run_program(file, tmp_path, env=env).out.strip() == answer_to("hello")
         assert len(server.arrived) == 2
+
+
+def test_a_reply_that_arrived_is_kept_when_the_process_dies_while_validating_it(tmp_path: Path) -> None:
+    source = """
+    from pydantic import BaseModel, field_validator
+
+    class Note(BaseModel):
+        text: str
+
+        @field_validator("text")
+        @classmethod
+        def seen(cls, value):
+            if os.environ.get("DIES"):
+                die()
+            return value
+
+    @workflow
+    async def once(ctx):
+        return (await generate_content("hello", output_type=Note)).text
+
+    print(once.run_sync())
+    """
+    with Loopback() as server:
+        env = {**server.environment, "AGENTFLOW_MODEL": "openai:gpt-4o-mini"}
+        file = write_program(source, tmp_path)
+        run_program(file, tmp_path, env={**env, "DIES": "1"}, expect_kill=True)
+        assert len(server.arrived) == 1
+        ended = run_program(file, tmp_path, env=env)
+        assert ended.out.strip() == answer_to("hello")
+        assert len(server.arrived) == 1, "a paid reply was bought again"
+        assert "in doubt" not in ended.err

@@ -298,12 +298,14 @@ def test_a_keyed_step_whose_process_is_killed_is_run_by_the_next_one(processes: 
     assert ran(tmp_path) == {"charge": 2}
 
 
+@pytest.mark.parametrize("where", ["workflow", "outside"])
 def test_a_process_stopped_within_a_keyed_step_gets_the_result_of_the_one_that_took_over(
-    processes: Processes, tmp_path: Path
+    where: str, processes: Processes, tmp_path: Path
 ) -> None:
     (tmp_path / "go").touch()
     file = write_program(KEYED, tmp_path)
-    first = processes.start(file, "1", GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
+    mine = "1" if where == "workflow" else "outside"
+    first = processes.start(file, mine, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted("ran charge"), "the first is at work")
     os.kill(first.pid, signal.SIGSTOP)
     try:
@@ -313,7 +315,48 @@ def test_a_process_stopped_within_a_keyed_step_gets_the_result_of_the_one_that_t
         (tmp_path / "late").touch()
         os.kill(first.pid, signal.SIGCONT)
     assert processes.end(first).strip() == str(second.pid), "two results under one key"
-    assert processes.end(processes.start(file, "1")).strip() == str(second.pid)
+    assert processes.end(processes.start(file, mine)).strip() == str(second.pid)
+    assert {each.output for run in runs.list() for each in run.steps} == {second.pid}
+
+
+def test_a_process_stopped_within_a_step_outside_a_workflow_gets_what_is_on_record(
+    processes: Processes, tmp_path: Path
+) -> None:
+    source = """
+    import time
+
+    def draw():
+        note(f"ran draw {os.getpid()}")
+        gate = os.environ.get("GATE")
+        while gate and not (HERE / gate).exists():
+            time.sleep(0.005)
+        return os.getpid()
+
+    print(asyncio.run(step("draw", draw)))
+    """
+    file = write_program(source, tmp_path)
+    first = processes.start(file, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
+    processes.until(lambda: processes.noted("ran draw"), "the first is at work")
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = processes.start(file, AGENTFLOW_LEASE_SECONDS="0.6")
+        assert processes.end(second).strip() == str(second.pid)
+    finally:
+        (tmp_path / "late").touch()
+        os.kill(first.pid, signal.SIGCONT)
+    assert processes.end(first).strip() == str(second.pid)
+    assert processes.end(processes.start(file)).strip() == str(second.pid)
+
+
+def test_eight_processes_that_ask_for_the_same_step_outside_a_workflow_run_it_once(
+    processes: Processes, tmp_path: Path
+) -> None:
+    file = write_program(KEYED.replace(', idempotency_key="order-7"', ""), tmp_path)
+    started = [processes.start(file, "outside") for _ in range(8)]
+    processes.until(lambda: notes(tmp_path).count("ready") == 8, "all are up")
+    (tmp_path / "go").touch()
+    assert len({processes.end(each) for each in started}) == 1
+    assert ran(tmp_path) == {"charge": 1}
 
 
 # -- one process ----------------------------------------------------------------------------------
@@ -386,6 +429,24 @@ async def test_runs_with_other_ids_go_on_side_by_side_in_one_process() -> None:
 
     async with asyncio.timeout(10):
         assert sorted(await asyncio.gather(*[each.run(i) for i in range(3)])) == [0, 1, 2]
+
+
+def test_a_run_that_another_made_and_ended_between_looking_and_taking_is_one_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[int] = []
+
+    @workflow
+    async def raced(ctx: Any) -> int:
+        return await step("s", lambda: len(called) if called.append(1) is None else 0)
+
+    assert raced.run_sync() == 1
+    (run,) = runs.list()
+    # What the second process saw when it looked: no such run.
+    monkeypatch.setattr(type(raced), "_locate", lambda self, journal, given: (None, run.id))
+    assert raced.run_sync() == 1
+    assert [each.id for each in runs.list()] == [run.id] == [runs.get(run.id[:-1]).id]
+    assert called == [1]
 
 
 def test_an_owner_that_ends_lets_go_whatever_its_end(tmp_path: Path) -> None:

@@ -225,5 +225,3 @@ def _found_by_itself(journal: Path) -> bool:
 
 def _sum(amounts: Any) -> Decimal:
     return sum(amounts, Decimal(0))
-
-

@@ -51,9 +51,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Columns named with a leading ``>`` are numbers, set to the right."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in columns:
-        made.add_column(
-            name.lstrip(">").upper(), justify="right" if name.startswith(">") else "left", overflow="fold"
-        )
+        made.add_column(name.lstrip(">").upper(), justify="right" if name.startswith(">") else "left", overflow="fold")
     for row in rows:
         made.add_row(*map(cell, row))
     _print(made)
@@ -129,10 +127,11 @@ def when(moment: datetime | None) -> str | None:
 
 def has_journal() -> bool:
     """Whether there is one to look at; looking creates none."""
-    from agentflow.layout import DB_NAME, default_path
+    from agentflow.layout import SIBLING, default_path
+    from agentflow.store import DB_NAME
 
     folder = settings.path or default_path()
-    if (folder / DB_NAME).exists() or (folder / "journal.json").exists():
+    if (folder / DB_NAME).exists() or (folder / SIBLING).exists():
         open_journal()
         return True
     words(f"No journal in {folder}. AGENTFLOW_PATH=... or another directory looks elsewhere.")

@@ -59,7 +59,7 @@ def show(task_id: TASK, json: JSON = False) -> None:
             ("since", output.when(task.created_at)),
             ("until", output.when(task.deadline)),
             ("data", output.json_text(task.data, indent=True)),
-            ("form", output.json_text(task.schema["properties"]) if "properties" in (task.schema or {}) else None),
+            ("form", output.json_text((task.schema or {}).get("properties")) if task.schema else None),
             ("by", decision.by if decision else None),
             ("comment", decision.comment if decision else None),
             ("answer", output.json_text(decision.data) if decision and decision.data is not None else None),
@@ -84,7 +84,7 @@ def reject(task_id: TASK, by: BY = None, comment: COMMENT = None, json: JSON = F
 @app.command()
 def answer(
     task_id: TASK,
-    data: Annotated[str, typer.Argument(metavar="JSON", help='The answer, such as \'{"amount": 30}\'.')],
+    data: Annotated[str, typer.Argument(metavar="JSON", help="The answer, such as '{\"amount\": 30}'.")],
     by: BY = None,
     comment: COMMENT = None,
     json: JSON = False,

@@ -1,0 +1,104 @@
+"""The README tells the truth: its programs run, its commands exist, and .ci/run uses its test command."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agentflow.cli.app import run
+from agentflow.testing import FakeModel
+from tests.programs import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE))
+
+
+def answer(request):
+    if "team" in str(request["body"].get("text", "")):
+        return {"team": "billing", "urgent": "noon" in request["text"]}
+    return f"An answer to {request['text'][:20]!r}."
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_a_program_of_the_readme_runs_as_printed_and_replays_when_run_again(number, tmp_path, monkeypatch, again):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAMS[number], encoding="utf-8")
+    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
+    (tmp_path / "mails").mkdir()
+    for name in ("one", "two", "three"):
+        (tmp_path / "mails" / f"{name}.txt").write_text(f"mail {name}")
+    monkeypatch.chdir(tmp_path)
+    with FakeModel(answer) as model:
+        runpy.run_path(str(program), run_name="__main__")
+        first = len(model.calls)
+        assert ("generate_content(" not in PROGRAMS[number]) or "FakeModel" in PROGRAMS[number] or first > 0
+        if "tasks.approve" in PROGRAMS[number] or "FakeModel" in PROGRAMS[number]:
+            return  # a decision is made once; a FakeModel wants to be asked
+        again()
+        runpy.run_path(str(program), run_name="__main__")
+        assert len(model.calls) == first
+
+
+def test_an_edited_prompt_is_planned_and_asks_again_and_an_added_message_asks_once(tmp_path, monkeypatch, again):
+    source = next(program for program in PROGRAMS if "load_prompt" in program)
+    program = tmp_path / "program.py"
+    program.write_text(source)
+    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def run_it():
+        again()
+        with FakeModel(answer) as model:
+            found = runpy.run_path(str(program), run_name="__main__")
+        asked.append(len(model.calls))
+        return found
+
+    run_it()
+    prompt = tmp_path / "prompts" / "triage.md"
+    prompt.write_text(prompt.read_text().replace("how urgent is it?", "can it wait?"))
+    run_it()
+    source = source.replace("triage.run_sync(messages)", "triage.run_sync(messages + ['And one more.'])")
+    program.write_text(source)
+    run_it()
+    assert asked == [2, 2, 3]  # another list is another run, which shares nothing with the first
+
+
+def test_there_are_programs_and_commands_in_the_readme():
+    assert len(PROGRAMS) >= 6
+    assert "agentflow demo" in SHELL
+
+
+def test_every_agentflow_command_of_the_readme_exists(capsys):
+    commands = re.findall(r"agentflow ((?:runs|tasks|demo)(?: [a-z]+)?)\b", README)
+    assert len(set(commands)) >= 5
+    for command in set(commands):
+        assert run([*command.split(), "--help"]) == 0, command
+
+
+def test_ci_runs_exactly_the_test_command_of_the_readme():
+    extract = re.search(r"command=\$\((awk .*?README\.md)\)", (ROOT / ".ci" / "run").read_text())[1]
+    found = subprocess.run(["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert found == 'pip install ".[test]" && python -m pytest -n 2'
+    assert f"<!-- the test command -->\n```sh\n{found}\n```" in README
+
+
+def test_the_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links)
+
+
+def test_the_ten_line_example_has_about_ten_lines():
+    assert sum(bool(line.strip()) for line in PROGRAMS[0].splitlines()) <= 12
+
+
+def test_the_text_files_name_no_place_of_this_machine():
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "notebooks" / "README.md", ROOT / ".ci" / "run"):
+        text = Path(path).read_text(encoding="utf-8")
+        assert not re.search(r"/(home|root|work|Users)/", text), path
