@@ -360,6 +360,7 @@ class Writer:
         con = self._con
         if con is None:
             con = self._con = connect(self.path, readonly=False)
+            con.execute("PRAGMA busy_timeout = 0")
         if con.in_transaction:  # an earlier one was interrupted in its own clean-up
             con.execute("ROLLBACK")
         try:

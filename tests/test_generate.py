@@ -8,6 +8,7 @@ import datetime as dt
 import enum
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,17 @@ from agentflow.generate import Call, converse, finish, is_transient, prepare, re
 from agentflow.models import Reply, Request, Usage
 from agentflow.testing import FakeModel, reply_body
 from tests.loopback import Loopback, answer_to, read_log, wait_for_port
+
+
+def _id(value):
+    """The same in every process, or xdist refuses to begin."""
+    return re.sub(r" at 0x\w+", "", str(value))
+
+
+def _shown(value: object) -> str:
+    """A test id that is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
 
 MODELS = ["openai:gpt-5-mini", "openai-chat:gpt-4o", "anthropic:claude-haiku-4-5"]
 OPENAI = MODELS[0]
@@ -428,7 +440,7 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
         ({"prompt": [{"type": "reasoning", "id": "r"}], "model": MODELS[2]}, "another provider"),
         ({"model": "what"}, "no provider here knows"),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_what_cannot_be_asked_is_an_error_before_anything_is_sent(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
@@ -638,7 +650,7 @@ def test_a_prompts_head_names_model_and_system(project: Path) -> None:
         ("", "../p", {}, "below prompts/"),
         ("", "/etc/p", {}, "below prompts/"),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_a_prompt_file_that_does_not_fit_is_an_error(
     project: Path, text: str | bytes, name: str, variables: dict[str, Any], says: str

@@ -386,6 +386,7 @@ async def test_deadline_is_recorded_and_a_restart_does_not_extend_it(clock: Cloc
     again()
     assert (await flow.start("hello")).status == "waiting"
     assert only_task().deadline == deadline
+    assert flow.runs()[0].waiting_on[0]["deadline"] == deadline.timestamp()
     clock.now += 0.6 * DAY
     again()
     assert await flow.run("hello") == "nobody"
