@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, here
-from agentflow.drive import PENDING, Wait, inside
+from agentflow.drive import PENDING, Wait, inside, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
@@ -45,6 +45,8 @@ def drive_blocking(call: Any) -> Any:
                 time.sleep(effect[1])
             elif kind == "settle":
                 time.sleep(0)
+            elif kind == "join":
+                effect[1].result()
             else:
                 value = park_blocking(ex, effect[1] if kind == "park" else ex.ask(effect[1]))
             send = steps.send
@@ -69,7 +71,6 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
             future = portal.start(context, call.fn, call.args, call.kwargs)
         else:
             future = threads.submit(context, call.fn, call.args, call.kwargs)
-        version = call.slot.n + 1 if call.slot is not None else 0
         try:
             return future.result(timeout)
         except TimeoutError as error:
@@ -78,7 +79,7 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
             if is_async and call.kind != "ai":
                 future.cancel()
             else:
-                future.add_done_callback(lambda f: f.exception() or ex.late(call, version, f.result()))  # type: ignore[func-returns-value]
+                when_back(future, current)
             raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
     finally:
         here.reset(token)
@@ -232,3 +233,17 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
         raise value
     result: T = value
     return result
+
+
+def collect_blocking(ex: Execution, call: Call, head: dict[str, Any]) -> None:
+    """``drive.collect`` for plain code."""
+    current = Current(call, head["key"], head["attempts"], head["sample"])
+    ex.collecting = True
+    token = here.set(inside(call, current))
+    try:
+        result = call.fn(*call.args, **call.kwargs)
+        if inspect.isawaitable(result):
+            portal.call(_await, result)
+    finally:
+        here.reset(token)
+        ex.collecting = False

@@ -91,16 +91,20 @@ class Current:
         "call",
         "clock",
         "cost",
+        "facts",
         "id",
         "idempotency_key",
+        "left",
         "lent",
         "name",
         "parent",
         "run_id",
         "sample",
         "taken",
+        "undoes",
         "unknown",
         "used_model",
+        "version",
     )
 
     def __init__(self, call: Call, key: str, attempt: int, sample: int) -> None:
@@ -113,6 +117,10 @@ class Current:
         self.sample = sample
         self.parent = call.here.outer
         self.lent = 0
+        self.left = False
+        self.undoes = False
+        self.version = call.slot.n + 1 if call.slot is not None else 0
+        self.facts: Any = None
         self.used_model = False
         self.cost: Any = None
         self.unknown = 0
@@ -264,3 +272,13 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def enclosing(call: Call) -> list[Current]:
+    """The steps inside which a call was made, the nearest first."""
+    found = []
+    current = call.here.outer
+    while current is not None:
+        found.append(current)
+        current = current.parent
+    return found

@@ -14,12 +14,13 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentflow.calls import Call, Current, Here, Suspend, here
-from agentflow.engine import process
-from agentflow.errors import StepTimeout
+from agentflow.calls import Call, Current, Here, Suspend, enclosing, here
+from agentflow.engine import keep_late, process
+from agentflow.errors import JournalError, NotRecordable, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
-from agentflow.workers import threads
+from agentflow.settings import log
+from agentflow.workers import in_flight, threads
 
 PENDING: Any = object()
 
@@ -64,6 +65,8 @@ async def _perform(call: Call, steps: Generator[Any, Any, Any], effect: Any) -> 
                 await _settle(ex)
             elif kind == "park":
                 result = await park(ex, effect[1])
+            elif kind == "join":
+                await asyncio.wrap_future(effect[1])
             else:
                 result = await park(ex, ex.ask(effect[1]))
         except BaseException as error:
@@ -102,11 +105,11 @@ async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
     token = here.set(inside(call, current))
     try:
         if timeout is None:
-            return await _invoke(call)
+            return await _invoke(call, current)
         try:
             async with asyncio.timeout(timeout) as clock:
                 current.clock = clock
-                return await _invoke(call)
+                return await _invoke(call, current)
         except TimeoutError as error:
             if clock.expired():
                 raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
@@ -115,16 +118,16 @@ async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
         here.reset(token)
 
 
-async def _invoke(call: Call) -> Any:
+async def _invoke(call: Call, current: Current) -> Any:
     if call.kind == "ai":
         return await _paid(call)
     if call.wait is not None:
         return await park(call.ex, call.wait())
     capture = call.capture
-    if (capture is not None and capture.is_async) or not call.options.thread or call.kind != "step":
+    if (capture is not None and capture.is_async) or not call.options.thread or call.kind == "human":
         result = call.fn(*call.args, **call.kwargs)
     else:
-        result = await _in_thread(call)
+        result = await _in_thread(call, current)
     if inspect.isawaitable(result):
         result = await result
     return result
@@ -144,21 +147,45 @@ async def _paid(call: Call) -> Any:
         raise
 
 
-async def _in_thread(call: Call) -> Any:
-    ex, version = call.ex, (call.slot.n + 1 if call.slot is not None else 0)
+async def _in_thread(call: Call, current: Current) -> Any:
     future = threads.submit(contextvars.copy_context(), call.fn, call.args, call.kwargs)
     waiter = asyncio.wrap_future(future)
     try:
         return await asyncio.shield(waiter)
     except asyncio.CancelledError:
-
-        def came_back(done: Future[Any]) -> None:
-            if done.exception() is None:
-                ex.late(call, version, done.result())
-
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-        future.add_done_callback(came_back)
+        kept = when_back(future, current)
+        if not _timed_out(current):
+            key = (call.ex.journal.id, call.ex.run_id, call.occ)
+            in_flight[key] = kept
+            kept.add_done_callback(lambda _: in_flight.pop(key, None))
+            call.ex.abandoned.add(kept)
         raise
+
+
+def when_back(future: Future[Any], current: Current) -> Future[None]:
+    """A thread cannot be stopped: what it returns after its caller was released is kept. Done when it is."""
+    kept: Future[None] = Future()
+
+    def came_back(done: Future[Any]) -> None:
+        try:
+            if done.exception() is None:
+                keep_late(current, done.result())
+        except (JournalError, NotRecordable) as error:
+            log.warning("%s · %s came back late; its result is lost: %s", current.run_id, current.name, error)
+        finally:
+            kept.set_result(None)
+
+    future.add_done_callback(came_back)
+    return kept
+
+
+def _timed_out(current: Current | None) -> bool:
+    while current is not None:
+        if current.clock is not None and current.clock.expired():
+            return True
+        current = current.parent
+    return False
 
 
 # -- the tasks of a run --------------------------------------------------------------------
@@ -234,8 +261,15 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
     if ex.watcher is None or ex.watcher.done():
         ex.watcher = contextvars.Context().run(asyncio.ensure_future, _watch(ex))
     clocks = _stop_clocks()
+    place = here.get()
+    waiting = enclosing(place.outer.call) if place is not None and place.outer is not None else []
+    if ex.stay and (ops := ex.only_waits(waiting)):
+        await ex.journal.acommit(ops, fence=ex.fence)
     try:
-        return await future
+        result = await future
+        if ex.stay and (ops := ex.goes_on(waiting)):
+            await ex.journal.acommit(ops, fence=ex.fence)
+        return result
     finally:
         ex.parked.pop(future, None)
         now = asyncio.get_running_loop().time()
@@ -351,10 +385,12 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
         here.reset(token)
     ex.tasks.pop(body, None)
     ex.root.task = body
+    stopped = False
     try:
         try:
             await asyncio.wait({body})
         except asyncio.CancelledError:
+            stopped = True
             body.cancel()
             await asyncio.wait({body}, timeout=30)
             raise
@@ -363,7 +399,7 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
             raise Suspend
         return body.result()
     finally:
-        await _clean_up(ex)
+        await _clean_up(ex, stopped)
         _unwatch_tasks(loop)
 
 
@@ -371,7 +407,7 @@ async def _body(main: Callable[[], Awaitable[Any]]) -> Any:
     return await main()
 
 
-async def _clean_up(ex: Execution) -> None:
+async def _clean_up(ex: Execution, stopped: bool) -> None:
     """Nothing of a run goes on after it: branches are cancelled, paid calls in flight are waited for."""
     left = [task for task in ex.tasks if not task.done()]
     for task in left:
@@ -386,4 +422,22 @@ async def _clean_up(ex: Execution) -> None:
     if ex.stragglers:
         ex.say("waiting for a paid model call in flight, so that its reply is recorded")
         await asyncio.wait(set(ex.stragglers), timeout=120)
+    if not stopped and (late := [kept for kept in ex.abandoned if not kept.done()]):
+        ex.say("waiting for functions in flight, so that their results are recorded")
+        await asyncio.wait([asyncio.ensure_future(asyncio.wrap_future(kept)) for kept in late], timeout=5)
     ex.closed = True
+
+
+async def collect(ex: Execution, call: Call, head: dict[str, Any]) -> None:
+    """Find what a replayed step had done inside that is to be undone.
+
+    Its function is called once more, with every step inside replayed: only that tells how to undo them.
+    """
+    current = Current(call, head["key"], head["attempts"], head["sample"])
+    ex.collecting = True
+    token = here.set(inside(call, current))
+    try:
+        await _invoke(call, current)
+    finally:
+        here.reset(token)
+        ex.collecting = False

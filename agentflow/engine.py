@@ -43,8 +43,10 @@ from agentflow.errors import (
     RunBusy,
     RunCancelled,
     StepChanged,
+    StepError,
     StepInDoubt,
     UsageError,
+    Waiting,
 )
 from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
@@ -52,6 +54,7 @@ from agentflow.lease import acquire
 from agentflow.records import ONCE, Retry
 from agentflow.reuse import Effect, find, given_same, judge, like, located
 from agentflow.run import Attempts
+from agentflow.workers import in_flight
 
 Process = Generator[Effect, Any, Any]
 
@@ -61,7 +64,7 @@ class Overtaken(BaseException):
 
 
 # Not failures of the step: these leave it as it is and the run resumable.
-NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy)
+NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy, Waiting)
 
 
 def process(call: Call) -> Process:
@@ -204,7 +207,16 @@ def _run(call: Call, again: int = 0) -> Process:
     if ex.plan:
         ex.would_run(call)
         yield ("park", None)
+    if ex.collecting:
+        raise located(StepError(f"step {call.name!r} has no record"), call)
     slot = ex.own_slot(call)
+    if (still := in_flight.get((ex.journal.id, ex.run_id, call.occ))) is not None:
+        ex.say(f"{call.name}: is still running from before; waiting for it")
+        yield ("join", still)
+        ex.records.load(f"{slot.ident}/")
+        row = judge(call, slot)
+        if row is not None:
+            return ex.deliver(call, row)
     retry = options.retry or ONCE
     state = ex.attempts_of(call, slot)
     if state.started and call.wait is None:
@@ -221,6 +233,7 @@ def _run(call: Call, again: int = 0) -> Process:
         ex.hold()
         undone = max(slot.voids(), again)
         current = Current(call, ex.key_of(call, undone), attempt, sample)
+        current.facts = (slot, order, asked, started)
         ex.started(call, slot, current, order)
         if options.in_doubt != "rerun":
             yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", call.name)], False)
@@ -232,6 +245,7 @@ def _run(call: Call, again: int = 0) -> Process:
                 raise
             failure = exc
         except BaseException:
+            current.left = True
             if ex.suspended:
                 ex.unstart(call, slot, current)
             raise
@@ -278,12 +292,37 @@ def _run(call: Call, again: int = 0) -> Process:
         head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
         yield from _record(call, slot, head, "null")
+        if late := ex.late_result(call):
+            row = Row.compose(head | {"status": "completed", "late": True}, late[0], call.given)
+            yield ("commit", [ex.records.record(slot, row)], False)
+            slot.n += 1
         raise ex.failure(call, head, replayed=False) from failure
     head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))
     if options.secret:
         head["secret"], text = True, "null"
     yield from _record(call, slot, head, text)
     return ex.finished(call, slot, head, value)
+
+
+def keep_late(current: Current, result: Any) -> None:
+    """A function came back after its caller had been released: record what it returned.
+
+    While the step is still being tried the next attempt takes it; otherwise it becomes a version of its
+    own, beside the failure if one was recorded, which the next execution may use.
+    """
+    call = current.call
+    ex = call.ex
+    slot, order, asked, started = current.facts
+    text, value = codec.roundtrip(result, where="result")
+    if not (current.left or ex.closed or slot.n >= current.version):
+        ex.keep_for_retry(call, text, value)
+        return
+    head = _head(call, current, slot, order, asked, started, current.attempt, current.sample, 0)
+    given = call.given if len(call.given) <= 65536 else ""
+    row = ex.records.record(slot, Row.compose(head | {"late": True}, text, given))
+    if ex.journal.commit([row], fence=ex.own_fence())[0]:
+        slot.n += 1
+        ex.say(f"{call.name}: came back after it had been given up; its result is recorded")
 
 
 def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
@@ -370,6 +409,8 @@ def _head(
         "key": current.idempotency_key,
         "code": call.code.digest if call.code is not None else "",
     }
+    if current.undoes:
+        head["undoes"] = True
     if current.used_model:
         head["ai"] = True
     if current.used_model or (call.code is not None and call.code.reaches_model):

@@ -19,12 +19,12 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 import orjson
 
 from agentflow import codec, human, rundocs, typecheck
-from agentflow.blocking import drive_blocking, run_coroutine
+from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine
 from agentflow.calls import ON_CHANGE, PLAIN, Call, Options, Suspend, here
 from agentflow.capture import data_digest
 from agentflow.codedigest import code_of
 from agentflow.context import Context
-from agentflow.drive import drive, execute
+from agentflow.drive import Wait, collect, drive, execute
 from agentflow.durations import Duration, seconds
 from agentflow.errors import (
     JournalError,
@@ -269,6 +269,8 @@ class Workflow(Generic[P, T]):
             if isinstance(error, JournalError):
                 self._give_up(opened)
                 raise
+            if isinstance(error, Waiting):
+                raise self._wait_for_child(opened, error) from None
             ex.closed = ex.suspended = False
             try:
                 self._before_undoing(opened)
@@ -323,9 +325,16 @@ class Workflow(Generic[P, T]):
             if isinstance(error, JournalError):
                 self._give_up(opened)
                 raise
+            if isinstance(error, Waiting):
+                raise self._wait_for_child(opened, error) from None
             try:
                 self._before_undoing(opened)
-                for call, slot, value in self._to_undo(ex):
+                while (inside := self._replayed_with_undo(ex)) is not None:
+                    try:
+                        collect_blocking(ex, *inside)
+                    except Exception as failure:
+                        self._not_undone(ex, inside[0], failure)
+                for call, slot, value in ex.compensations[::-1]:
                     try:
                         drive_blocking(self._undoing(ex, call, slot, value))
                     except Exception as failure:
@@ -509,11 +518,23 @@ class Workflow(Generic[P, T]):
     def _drops(self, journal: Journal, run_id: str) -> list[Any]:
         """Marks that drop the newest records of the steps to do anew, keyed ones for all runs."""
         ops: list[Any] = []
-        for row in rundocs.rows(journal, run_id):
-            if row.head["name"] in self._run_options.rerun or row.head["occ"] in self._run_options.rerun:
-                ops.append(Add(f"{row.key}!drop", ""))
+        rows = rundocs.rows(journal, run_id)
+        by_occ = {row.head["occ"]: row for row in rows}
+        marks: dict[str, str] = {}
+        for row in rows:
+            if row.head["name"] not in self._run_options.rerun and row.head["occ"] not in self._run_options.rerun:
+                continue
+            marks[row.key] = "drop"
+            # An enclosing step has to be gone through again to get there; what else is inside it is replayed.
+            around = by_occ.get(row.head["scope"])
+            while around is not None:
+                marks.setdefault(around.key, "open")
+                around = by_occ.get(around.head["scope"])
+        for row in rows:
+            if row.key in marks:
+                ops.append(Add(f"{row.key}!{marks[row.key]}", ""))
                 if "named" in row.head:
-                    ops.append(Add(f"{row.head['named']}!drop", ""))
+                    ops.append(Add(f"{row.head['named']}!{marks[row.key]}", ""))
         # A step in doubt has no record yet: what is dropped is the note that it was started.
         doubts = journal.scan(f"d/{in_key(run_id)}/")
         ops += [Drop(key) for key, name in doubts if name in self._run_options.rerun]
@@ -538,8 +559,13 @@ class Workflow(Generic[P, T]):
                 [Put(f"r/{opened.ex.key}", orjson.dumps(opened.document).decode())], fence=opened.ex.fence
             )
 
-    def _to_undo(self, ex: Execution) -> list[tuple[Call, Any, Any]]:
-        return ex.compensations[::-1]
+    def _replayed_with_undo(self, ex: Execution) -> tuple[Call, dict[str, Any]] | None:
+        """The next replayed step inside which there is something to undo; what is found takes its place."""
+        for index, (call, slot, head) in enumerate(ex.compensations):
+            if slot is None:
+                del ex.compensations[index]
+                return call, head
+        return None
 
     def _undoing(self, ex: Execution, call: Call, slot: Any, value: Any) -> Call:
         """The durable step that undoes one; its record and the mark that voids the undone one are one commit."""
@@ -557,7 +583,12 @@ class Workflow(Generic[P, T]):
         return undo
 
     async def _undo(self, ex: Execution) -> None:
-        for call, slot, value in self._to_undo(ex):
+        while (inside := self._replayed_with_undo(ex)) is not None:
+            try:
+                await collect(ex, *inside)
+            except Exception as failure:
+                self._not_undone(ex, inside[0], failure)
+        for call, slot, value in ex.compensations[::-1]:
             try:
                 await self._undoing(ex, call, slot, value)
             except Exception as failure:
@@ -601,6 +632,12 @@ class Workflow(Generic[P, T]):
         self._close(opened, "failed")
         undone = f", {len(ex.compensations)} undone" if ex.compensations else ""
         self._summary(ex, f"failed ({type(error).__name__}){undone}")
+
+    def _wait_for_child(self, opened: _Opened, error: Waiting) -> Waiting:
+        """A run started in the body waits: this one waits for the same."""
+        dues = [(info, info.get("until", info.get("deadline"))) for info in error.waiting_on]
+        opened.ex.waits = [Wait(lambda: None, info, due) for info, due in dues]
+        return self._close_waiting(opened)
 
     def _close_waiting(self, opened: _Opened) -> Waiting:
         ex, document = opened.ex, opened.document

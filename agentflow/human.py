@@ -12,7 +12,7 @@ import orjson
 
 from agentflow import codec
 from agentflow import schema as schema_
-from agentflow.calls import PLAIN, Call, here
+from agentflow.calls import PLAIN, Call, enclosing, here
 from agentflow.capture import data_digest, data_text
 from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
@@ -139,6 +139,7 @@ def _open(call: Call, ident: str, facts: dict[str, Any], limit: float | None) ->
             Put(f"h/{ident}", orjson.dumps(document).decode()),
             Put(f"ht/{ex.key}/{call.ident[:NS]}/{ident}", ""),
             Put(open_key(document), ident),
+            *ex.only_waits(enclosing(call)),
         ],
         fence=ex.fence,
     )

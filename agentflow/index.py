@@ -6,7 +6,8 @@ A record's key is ``s/<run>/<ns><given>/<branch><predecessor>-<ordinal>.<n>``:
 - *branch*, *predecessor*, *ordinal*: the ``place``, which only tells exact repeats of one ident apart;
 - *n*: the version: later versions stand beside earlier ones, nothing is overwritten.
 
-``<key>!void`` marks a version as undone by its compensation, ``<key>!drop`` as dropped by ``rerun=``.
+``<key>!void`` marks a version as undone by its compensation, ``<key>!drop`` as dropped by ``rerun=``,
+``<key>!open`` as to be gone through again because a step inside it was dropped.
 A ``Slot`` is one (ident, place) with its versions; a program that asks for a step *claims* a slot.
 """
 

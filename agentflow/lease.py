@@ -136,6 +136,11 @@ def holder(journal: Journal, key: str) -> Owner | None:
     return _load(journal.get(key))
 
 
+def is_me(owner: Owner) -> bool:
+    """Whether this process is the owner."""
+    return owner.owner == _myself()[4]
+
+
 # -- leases ----------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,8 @@ def judge(call: Call, slot: Slot) -> Row | None:
             ex.say_once(f"{call.name}: record kept although code changed ({_parts(call, head)})")
         return row
     if why is None and slot.n >= 0 and slot.gone:
-        why = "undone before" if slot.voids() else "asked for by rerun"
+        opened = slot.gone.get(slot.n) == "open"
+        why = "undone before" if slot.voids() else "a step inside it is done anew" if opened else "asked for by rerun"
     call.why = why
     if why is not None:
         ex.say(f"{call.name} ran again: {why}")

@@ -22,8 +22,8 @@ from agentflow import codec
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import LeaseLost, StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
-from agentflow.journal import Fence, Journal
-from agentflow.lease import holder, lease_seconds
+from agentflow.journal import Add, Drop, Fence, Journal, Op
+from agentflow.lease import holder, is_me, lease_seconds
 from agentflow.settings import log, settings
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
@@ -93,7 +93,9 @@ class Execution:
     totals: Totals = field(default_factory=Totals)
     warnings: list[str] = field(default_factory=list)
     plan_steps: list[PlanStep] = field(default_factory=list)
-    compensations: list[tuple[Call, Slot, Any]] = field(default_factory=list)
+    compensations: list[tuple[Call, Slot | None, Any]] = field(default_factory=list)
+    collecting: bool = False
+    abandoned: set[Any] = field(default_factory=set)
     records: Records = field(init=False)
     key: str = field(init=False)
     marks: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -379,6 +381,8 @@ class Execution:
         if cost is not None:
             amount = Decimal(cost)
             self.totals.saved += amount
+        if call.options.compensate is not None or head.get("undoes"):
+            self._undoes(outer)
         if head.get("ai"):
             lent = not self.scratch and head["s0"][0] < self.number
             while outer is not None:
@@ -394,6 +398,8 @@ class Execution:
         value = codec.decode(row.output)
         if call.finish is not None:
             value = call.finish(value)
+        if head.get("undoes"):
+            self.compensations.append((call, None, head))
         if call.options.compensate is not None and call.slot is not None:
             self.compensations.append((call, call.slot, value))
         return value
@@ -407,8 +413,15 @@ class Execution:
         if call.finish is not None:
             value = call.finish(value)
         if call.options.compensate is not None:
+            self._undoes(call.here.outer)
             self.compensations.append((call, slot, value))
         return value
+
+    def _undoes(self, outer: Current | None) -> None:
+        """The enclosing steps hold something to undo: replaying them alone would not show it."""
+        while outer is not None:
+            outer.undoes = True
+            outer = outer.parent
 
     def enter(self, call: Call) -> None:
         slot = call.slot
@@ -452,7 +465,7 @@ class Execution:
         if slot.n >= 0:
             head = self.records.row(slot, slot.n).head
             old = call.options.max_age is not None and self.clock() - head["t1"] > call.options.max_age
-            state.sample = head["sample"] + (1 if old or (slot.gone and slot.n in slot.gone) else 0)
+            state.sample = head["sample"] + (1 if old or (slot.gone and slot.gone.get(slot.n, "open") != "open") else 0)
         if self.prior is None and not self.scratch:
             return state
         for _, text in self.journal.scan(f"a/{self.key}/{call.occ}.{slot.n + 1}/"):
@@ -482,6 +495,24 @@ class Execution:
         if call.options.in_doubt != "rerun":
             self.unstarted.append(f"d/{self.key}/{call.occ}.{slot.n + 1}.{current.attempt}")
 
+    def only_waits(self, steps: list[Current]) -> list[Op]:
+        """What takes back, durably, that these steps are in flight: someone is waited for inside them."""
+        for step in steps:
+            self.unstart(step.call, step.facts[0], step)
+        ops: list[Op] = [Drop(key) for key in self.unstarted]
+        self.unstarted.clear()
+        return ops
+
+    def goes_on(self, steps: list[Current]) -> list[Op]:
+        """What says again that these steps are in flight."""
+        for step in steps:
+            self.started(step.call, step.facts[0], step, step.facts[1])
+        return [
+            Add(f"d/{self.key}/{step.id}.{step.version}.{step.attempt}", step.name)
+            for step in steps
+            if step.call.options.in_doubt != "rerun"
+        ]
+
     def load_marks(self) -> None:
         for line in self.journal.marks(self.run_id):
             facts = orjson.loads(line)
@@ -492,22 +523,9 @@ class Execution:
         what = "asked again" if call.request is not None else "run again"
         self.warn(f"{call.name}: in doubt: it was in flight when its process ended; {what}")
 
-    def late(self, call: Call, version: int, result: Any) -> None:
-        """A function came back after its caller had been released: keep what it returned."""
-        slot = call.slot
-        assert slot is not None
-        text, value = codec.roundtrip(result, where="result")
-        if slot.n < version and not self.closed:
-            self._late[call.occ] = (text, value)
-            return
-        failed = self.journal.get(self.records.key(slot, slot.n)) if slot.n >= 0 else None
-        if failed is None:
-            log.warning("%s · %s came back after its run had ended; its result is not kept", self.run_id, call.name)
-            return
-        head = {k: v for k, v in Row("", failed).head.items() if k != "error"} | {"status": "completed", "late": True}
-        given = call.given if len(call.given) <= 65536 else ""
-        if self.journal.commit([self.records.record(slot, Row.compose(head, text, given))])[0]:
-            slot.n += 1
+    def keep_for_retry(self, call: Call, text: str, value: Any) -> None:
+        """A result that came while the step waits for its next attempt, which then is not needed."""
+        self._late[call.occ] = (text, value)
 
     def late_result(self, call: Call) -> tuple[str, Any] | None:
         return self._late.pop(call.occ, None)
@@ -532,6 +550,13 @@ class Execution:
             self._held = now
         if lease.lost:
             raise LeaseLost(f"run {self.run_id} was taken over by another process; nothing more is run here.")
+
+    def own_fence(self) -> Fence | None:
+        """The fence of this process, also when it has begun another execution of the run since."""
+        if self.lease is None:
+            return self.fence
+        owner = holder(self.journal, self.lease.key)
+        return Fence(self.lease.key, owner.token) if owner is not None and is_me(owner) else self.fence
 
     def next(self) -> list[int]:
         return [self.number, next(self._orders)]

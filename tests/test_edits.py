@@ -1165,7 +1165,6 @@ async def test_rerun_of_a_name_takes_all_steps_of_that_name():
     assert ran == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.xfail(reason="the outer step is replayed, so that the inner one is never asked for", strict=True)
 async def test_rerun_of_an_inner_step_does_it_anew():
     ran = []
 

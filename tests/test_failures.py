@@ -430,15 +430,7 @@ def test_a_compensation_that_fails_stops_no_other_and_is_tried_again(folder: Pat
     assert len(notes(folder)) == 6
 
 
-@pytest.mark.parametrize(
-    "replayed",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(reason="a replayed outer step does not register its inner compensations")
-        ),
-    ],
-)
+@pytest.mark.parametrize("replayed", [False, True])
 def test_what_a_nested_step_did_is_undone_too_even_if_its_outer_step_was_replayed(
     folder: Path, again: Any, replayed: bool
 ) -> None:
@@ -1004,7 +996,6 @@ def _rows(folder: Path, prefix: str) -> Iterator[str]:
         yield key
 
 
-@pytest.mark.xfail(reason="what a cancelled step's thread returns is not recorded")
 def test_what_a_cancelled_siblings_thread_returns_is_recorded(folder: Path, again: Any) -> None:
     def bad() -> str:
         until(lambda: "begun" in notes(folder))
@@ -1120,7 +1111,6 @@ def test_a_step_that_only_waited_for_a_person_is_never_in_doubt(again: Any, said
     assert "in doubt" not in said()
 
 
-@pytest.mark.xfail(reason="the started mark of a step stands while a task inside it waits")
 def test_a_step_that_was_killed_while_it_only_waited_is_not_in_doubt(folder: Path) -> None:
     source = """
     async def reviewed():
