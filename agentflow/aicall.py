@@ -52,7 +52,7 @@ class _Recorder:
         """What was paid for by the same request, but for the form of its answer, and did not validate then."""
         ex, call = self._call.ex, self._call
         for slot in ex.unclaimed(call):
-            n = next(ex.versions(slot), None)
+            n = ex.newest(slot)
             row = ex.records.row(slot, n) if n is not None else None
             if row is None or row.head["status"] != "failed" or row.head["error"]["name"] != "InvalidReply":
                 continue

@@ -103,6 +103,9 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 if result is not PENDING:
                     return result
             with ex.turn:
+                place = here.get()
+                if ex.left_branches and place is not None and ex.is_left(place):
+                    raise Suspend
                 now = ex.clock()
                 waits = [each for each in ex.held_up.values() if each is not None]
                 near = any(each.due is not None and each.due - now <= 60 for each in waits)
@@ -127,6 +130,13 @@ def count_going(ex: Execution | None, change: int) -> None:
         with ex.turn:
             ex.going += change
             ex.turn.notify_all()
+
+
+def leave(ex: Execution, branches: list[str]) -> None:
+    """A branch of plain code has failed: its siblings start no further step and wait for nobody."""
+    with ex.turn:
+        ex.left_branches += branches
+        ex.turn.notify_all()
 
 
 class _Portal:

@@ -13,8 +13,9 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from agentflow.bytecode import free_values, shape_of
 from agentflow.canonical import Encoder, cell_value, dumps, marked, short_digest
-from agentflow.codedigest import code_of, free_values, in_notebook, is_data, is_own_class, is_own_file, shape_of
+from agentflow.codedigest import code_of, in_notebook, is_data, is_own_class, is_own_file
 from agentflow.errors import UsageError
 
 __all__ = ["Capture", "capture", "data_digest", "data_text"]

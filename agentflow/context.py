@@ -40,7 +40,7 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
         name=head["name"],
         id=head["occ"],
         kind=head["kind"],
-        status=head["status"],
+        status="undone" if row.undone else head["status"],
         started_at=moment(head["t0"]),
         completed_at=moment(head["t1"]),
         attempts=head["attempts"],
@@ -63,8 +63,7 @@ class Steps:
         self._ex = ex
 
     def _view(self, slot: Slot) -> StepRecord:
-        n = next(self._ex.versions(slot), slot.n)
-        return view(self._ex.records.row(slot, n), replayed=slot.id not in self._ex.live)
+        return view(self._ex.records.row(slot, slot.n), replayed=slot.id not in self._ex.live)
 
     def __getitem__(self, name: str) -> StepRecord:
         slots = self._ex.seen.get(name)
@@ -164,7 +163,7 @@ class Context:
         call.started = True
         ex.locate(call, _given(kind))
         slot = call.slot = call.slot or ex.in_branch(call)
-        if slot is not None and (n := next(ex.versions(slot), None)) is not None:
+        if slot is not None and (n := ex.newest(slot)) is not None:
             ex.take(call, slot)
             ex.enter(call)
             return codec.decode(ex.records.row(slot, n).output)

@@ -70,7 +70,7 @@ NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy, Waiting)
 def process(call: Call) -> Process:
     """Everything between ``await step(...)`` and its value."""
     ex = call.ex
-    if ex.suspended:
+    if ex.suspended or (ex.left_branches and ex.is_left(call.here)):
         raise Suspend
     if call.capture is not None and (name := call.capture.rebound()) is not None:
         raise located(
@@ -116,7 +116,7 @@ def _keyed(call: Call) -> Process:
                         call,
                     )
                 ex.warn(f"{call.name}: reused by its idempotency_key {key!r}, although it was given something else")
-            if call.slot is None or call.slot.n < 0 or next(ex.versions(call.slot), None) is None:
+            if call.slot is None or call.slot.n < 0 or ex.newest(call.slot) is None:
                 slot = ex.own_slot(call)
                 if not ex.plan:
                     yield ("commit", [ex.records.record(slot, row.text)], False)
@@ -293,8 +293,8 @@ def _run(call: Call, again: int = 0) -> Process:
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
         yield from _record(call, slot, head, "null")
         if late := ex.late_result(call):
-            row = Row.compose(head | {"status": "completed", "late": True}, late[0], call.given)
-            yield ("commit", [ex.records.record(slot, row)], False)
+            kept = Row.compose(head | {"status": "completed", "late": True}, late[0], call.given)
+            yield ("commit", [ex.records.record(slot, kept)], False)
             slot.n += 1
         raise ex.failure(call, head, replayed=False) from failure
     head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))

@@ -427,6 +427,10 @@ class Workflow(Generic[P, T]):
             stored = rundocs.read(journal, run_id)
             if new and stored is not None and stored["created_at"] == document["created_at"]:
                 prior = None
+            elif self._run_options.fresh:
+                # Another process has taken this number for its own fresh run; there is a next one.
+                lease.release()
+                return self._open(given)
             else:
                 assert stored is not None
                 document, prior = stored, rundocs_prior(stored)
@@ -681,8 +685,10 @@ class Workflow(Generic[P, T]):
 
     def _summary(self, ex: Execution, status: str) -> None:
         totals = ex.totals
-        count = totals.replayed + totals.ran
+        count = totals.replayed + totals.ran + totals.failed
         line = f"{status} · {count} {'step' if count == 1 else 'steps'}: {totals.replayed} replayed, {totals.ran} run"
+        if totals.failed:
+            line += f", {totals.failed} failed"
         if totals.doubts:
             line += f", {totals.doubts} in doubt before"
         if totals.paid or totals.saved or totals.unpriced:

@@ -83,8 +83,8 @@ class Run:
 
     @property
     def steps(self) -> list[StepRecord]:
-        """The recorded steps, in the order in which they started."""
-        return [view(row) for row in rundocs.rows(self._journal, self.id)]
+        """The recorded steps, in the order in which they started; ``status`` is completed, failed or undone."""
+        return [view(row) for row in rundocs.rows(self._journal, self.id, undone=True)]
 
     @property
     def waiting_on(self) -> list[dict[str, Any]]:

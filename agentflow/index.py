@@ -42,11 +42,12 @@ def in_key(text: str) -> str:
 class Row:
     """One stored record: a small head, the output's JSON text, what was given."""
 
-    __slots__ = ("_head", "key", "text")
+    __slots__ = ("_head", "key", "text", "undone")
 
     def __init__(self, key: str, text: str) -> None:
         self.key = key
         self.text = text
+        self.undone = False
         self._head: dict[str, Any] | None = None
 
     @property
@@ -89,12 +90,6 @@ class Slot:
     @property
     def branch(self) -> str:
         return self.place[:BRANCH]
-
-    def versions(self) -> Iterator[int]:
-        """Versions that count, newest first."""
-        for n in range(self.n, -1, -1):
-            if self.gone is None or n not in self.gone:
-                yield n
 
     def voids(self) -> int:
         """How many versions a compensation has undone."""

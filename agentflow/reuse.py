@@ -64,9 +64,16 @@ def judge(call: Call, slot: Slot) -> Row | None:
     ex, options = call.ex, call.options
     policy = call.policy
     why = None
-    for n in ex.versions(slot):
+    dropped: set[str] = set()
+    for n in range(slot.n, -1, -1):
         row = ex.records.row(slot, n)
         head = row.head
+        if not ex.counts(slot, n):
+            dropped.add(head["code"])
+            continue
+        # Below a dropped version only what other code had made counts: that code finds its record again.
+        if dropped and (head["status"] == "failed" or head["code"] in dropped):
+            continue
         late = head.get("late", False)
         if head.get("ai") and head["epoch"] != call.here.epoch:
             continue
@@ -84,6 +91,8 @@ def judge(call: Call, slot: Slot) -> Row | None:
         model_step = head.get("ai") or (call.code is not None and call.code.reaches_model)
         if edited and (policy == "rerun" or (policy == "auto" and model_step)):
             why = why or _parts(call, head)
+            continue
+        if dropped and (edited or not (model_step or policy == "rerun")):
             continue
         if head["status"] == "failed":
             again = ex.again(call, head)
@@ -161,7 +170,7 @@ def like(call: Call) -> Slot | None:
     moment = _MOMENT.search(call.given) is not None
     # Those that were given the same but for what they changed are repeats: the one after the same record goes first.
     for slot in sorted(ex.near(call), key=lambda slot: (slot.place != call.place, slot.rowid))[:500]:
-        counts = next(ex.versions(slot), None)
+        counts = ex.newest(slot)
         n = slot.n if counts is None else counts
         if n < 0:
             continue
@@ -186,7 +195,7 @@ def like(call: Call) -> Slot | None:
     if not lent:
         return None
     slot, diffs = lent[0]
-    if len({ex.records.row(s, next(ex.versions(s))).output for s, _ in lent}) > 1:
+    if len({ex.records.row(s, s.n).output for s, _ in lent}) > 1:
         raise located(
             NondeterministicStep(
                 f"step {call.name!r}: {len(lent)} records differ from this call only by {_accidents(diffs)} and have "
@@ -214,7 +223,7 @@ def _refuse_changed(call: Call) -> None:
     if not effect and call.policy != "error":
         return
     for slot in ex.unclaimed(call):
-        n = next(ex.versions(slot), None)
+        n = ex.newest(slot)
         if n is None:
             continue
         row = ex.records.row(slot, n)

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -95,6 +95,7 @@ class Execution:
     plan_steps: list[PlanStep] = field(default_factory=list)
     compensations: list[tuple[Call, Slot | None, Any]] = field(default_factory=list)
     collecting: bool = False
+    left_branches: list[str] = field(default_factory=list)
     abandoned: set[Any] = field(default_factory=set)
     records: Records = field(init=False)
     key: str = field(init=False)
@@ -238,6 +239,15 @@ class Execution:
         for label in labels:
             self._live_branches.add(short(f"{place.branch}/{label}", BRANCH))
 
+    def is_left(self, place: Here) -> bool:
+        """Whether a sibling's failure has ended the branch that stands here (plain code, which nothing can cancel)."""
+        at: Here | None = place
+        while at is not None:
+            if any(at.branch == left or at.branch.startswith(f"{left}/") for left in self.left_branches):
+                return True
+            at = at.outer.call.here if at.outer is not None else None
+        return False
+
     def branch_of(self, call: Call) -> str:
         """The branch in which the call executes, enclosing steps included."""
         path = f"{call.here.scope}:{call.here.branch}"
@@ -305,11 +315,14 @@ class Execution:
             self.take(call, call.slot)
         return call.slot
 
-    def versions(self, slot: Slot) -> Iterator[int]:
-        """Versions that count; those undone count still while the undoing goes on after a crash."""
-        for n in range(slot.n, -1, -1):
-            if slot.gone is None or n not in slot.gone or (self.undoing and slot.gone[n] == "void"):
-                yield n
+    def counts(self, slot: Slot, n: int) -> bool:
+        """Whether a version is neither dropped nor undone; while undoing goes on, an undone one still counts."""
+        gone = slot.gone.get(n) if slot.gone is not None else None
+        return gone is None or (self.undoing and gone == "void")
+
+    def newest(self, slot: Slot) -> int | None:
+        """The newest version of a slot, or None if there is none, or it is dropped or undone."""
+        return slot.n if slot.n >= 0 and self.counts(slot, slot.n) else None
 
     # -- failures --------------------------------------------------------------------------
 
@@ -352,7 +365,8 @@ class Execution:
 
     def failure(self, call: Call, head: dict[str, Any], *, replayed: bool) -> BaseException:
         """The exception a caller gets: of the original type, and a ``StepFailed``."""
-        self.totals.failed += 1
+        if not replayed and not call.here.scope:
+            self.totals.failed += 1
         data = head["error"]
         self._note(call)
         return codec.rebuild_exception(
@@ -627,7 +641,7 @@ class Execution:
         """Lines on recorded steps of the body that this execution never asked for."""
         lines = []
         for slot in self.records:
-            if slot.claimed or not slot.ident.startswith("r") or next(self.versions(slot), None) is None:
+            if slot.claimed or not slot.ident.startswith("r") or self.newest(slot) is None:
                 continue
             row = self.records.row(slot, slot.n)
             if row.head["kind"] in ("value", "compensation"):

@@ -103,22 +103,28 @@ def find(journal: Journal, run_id: str) -> dict[str, Any]:
     return document
 
 
-def rows(journal: Journal, run_id: str) -> list[Row]:
-    """The rows of a run that count, in the order in which their steps started."""
+def rows(journal: Journal, run_id: str, *, undone: bool = False) -> list[Row]:
+    """The newest rows of a run, in the order in which their steps started.
+
+    Dropped ones are left out, and those that a compensation has undone unless ``undone`` asks for them.
+    """
     prefix = f"s/{in_key(run_id)}/"
-    gone, newest = set(), {}
+    gone: dict[str, str] = {}
+    newest: dict[str, tuple[int, Row]] = {}
     for key, text in journal.scan(prefix):
-        if "!" in key:
-            gone.add(key.partition("!")[0])
-        else:
-            newest[key] = Row(key, text)
-    latest: dict[str, Row] = {}
-    for key, row in sorted(
-        newest.items(), key=lambda item: (item[0].rpartition(".")[0], int(item[0].rpartition(".")[2]))
-    ):
-        if key not in gone:
-            latest[key.rpartition(".")[0]] = row
-    return sorted(latest.values(), key=lambda row: row.head["s0"])
+        key, _, mark = key.partition("!")
+        if mark:
+            gone[key] = mark
+            continue
+        slot, _, version = key.rpartition(".")
+        if slot not in newest or int(version) > newest[slot][0]:
+            newest[slot] = (int(version), Row(key, text))
+    found = []
+    for _, row in newest.values():
+        row.undone = gone.get(row.key) == "void"
+        if row.key not in gone or (row.undone and undone):
+            found.append(row)
+    return sorted(found, key=lambda row: row.head["s0"])
 
 
 def paid(journal: Journal, run_id: str) -> Decimal:

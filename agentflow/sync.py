@@ -21,7 +21,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from agentflow import aicall, flow, human, steps
-from agentflow.blocking import count_going, drive_blocking, run_coroutine
+from agentflow.blocking import count_going, drive_blocking, leave, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
 from agentflow.drive import branch_label
@@ -173,8 +173,10 @@ def _fan_out(
                     results[index] = future.result()
                 elif settle and isinstance(error, Exception):
                     results[index] = error
-                elif first is None or not isinstance(error, Exception):
+                elif first is None:
                     first = error
+                    if ex is not None and place is not None and isinstance(error, Exception):
+                        leave(ex, [f"{place.branch}/{names[i]}" for i in running.values()])
     finally:
         for future in running:
             future.add_done_callback(lambda _: count_going(ex, -1))

@@ -500,7 +500,7 @@ def test_a_registered_type_comes_first_and_is_found_by_its_name():
         encode(Money2(1), where="v")
     from agentflow import codec
 
-    codec._registered.pop(Money2), codec._registered_names.pop("test.money")
+    codec.registered.pop(Money2), codec.registered_names.pop("test.money")
 
 
 def back_money(value):
@@ -563,9 +563,9 @@ def test_a_moved_class_is_found_where_it_is_unless_two_could_be_meant(loaded):
     loaded("shop_three", ORDER.replace("n: int", "m: int"))
     assert type(decode(text)) is first.Basket
     loaded("shop_two", ORDER)
-    from agentflow import codec
+    from agentflow.codec import classes
 
-    codec._moved.clear()
+    classes.moved_classes.clear()
     with pytest.raises(UnknownType, match=r"several modules have a Basket \(shop_one, shop_two\): import gone_away"):
         decode(text)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from agentflow import codedigest
+from agentflow import bytecode, codedigest
 from agentflow.codedigest import changed_parts, code_of
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def test_code_that_is_redefined_is_forgotten():
         exec(f"def f(): return DATA, {n}", scope)
         code_of(scope["f"])
         gc.collect()
-        sizes.append((len(codedigest._known), len(codedigest._shapes)))
+        sizes.append((len(codedigest._known), len(bytecode._shapes)))
     assert sizes[0] == sizes[1] == sizes[2]
 
 

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
     {"errors", "models", "workers"},
-    {"calls", "canonical", "codec", "durations", "ledger", "marks", "redact", "schema", "store", "typecheck"},
-    {"codedigest", "compare", "layout", "prompts", "providers.common", "records", "spill"},
-    {"capture", "journal", "providers.anthropic", "providers.openai"},
-    {"index", "lease", "providers.openai_chat"},
-    {"providers", "reuse", "rundocs"},
-    {"generate", "settings"},
+    {"calls", "canonical", "codec.common", "durations", "ledger", "marks", "redact", "schema", "store", "typecheck"},
+    {"bytecode", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
+    {"codec.exceptions", "codec.values", "codedigest", "journal", "providers.anthropic", "providers.openai"},
+    {"capture", "codec.arrays", "index", "lease", "providers.openai_chat"},
+    {"codec.objects", "providers", "reuse", "rundocs"},
+    {"codec", "generate", "settings"},
     {"run"},
     {"engine"},
     {"drive"},
