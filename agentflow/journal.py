@@ -1,8 +1,8 @@
-"""The journal: what is recorded, in diskcache files beside the project. The one file that imports diskcache.
+"""The journal: what is recorded, in diskcache files beside the project.
 
-diskcache creates the directory and its table, with the settings without which it loses records and with
+diskcache creates the directory and its table (create.py), with the settings without which it loses records and with
 a Disk class that knows text only; any row can be read through it. The journal's own reads and writes go
-to that table through SQLite directly: one write connection (store.py) and a read-only one per thread, so
+to that table through SQLite directly: one write connection (writer.py) and a read-only one per thread (reads.py), so
 readers never wait for the writer. All values are text; what does not look like a row written here (another
 mode, a side file, a pickle) is never decoded, only reported.
 """
@@ -16,51 +16,28 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
-from array import array
-from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from agentflow import layout
-from agentflow.errors import (
-    JournalError,
-    JournalForeign,
-    JournalIncomplete,
-    JournalReadOnly,
-    LeaseLost,
-    UsageError,
-)
+from agentflow.create import create, read_only
+from agentflow.errors import JournalError, JournalIncomplete, LeaseLost
 from agentflow.layout import DIGEST_VERSION, LAYOUT_VERSION, default_path
 from agentflow.marks import Marks
+from agentflow.reads import Reads
 from agentflow.spill import Spill
-from agentflow.store import DB_NAME, Add, Drop, Fence, Job, Op, Put, Txn, Writer, connect, translate
+from agentflow.store import DB_NAME, Add, Drop, Fence, Op, Put, Txn, connect, translate
+from agentflow.writer import Job, Writer
 
 __all__ = ["DIGEST_VERSION", "LAYOUT_VERSION", "Add", "Drop", "Fence", "Journal", "Op", "Put", "Txn", "default_path"]
 
 T = TypeVar("T")
 log = logging.getLogger("agentflow")
 
-_PAGE_ROWS = 256
-_PAGE_CHARS = 4_000_000
-_SPILLED = 2**62
 _journals: dict[str, Journal] = {}
 _journals_lock = threading.Lock()
 _parents_connections: list[object] = []
-
-
-class _Reader:
-    """A thread's read connection, closed with its thread."""
-
-    __slots__ = ("__weakref__", "con")
-
-    def __init__(self, con: sqlite3.Connection) -> None:
-        self.con = con
-
-    def __del__(self) -> None:
-        self.con.close()
 
 
 class Journal:
@@ -85,11 +62,8 @@ class Journal:
         self._inode = _inode(self._file)
         self._writer = Writer(self._file, self._still_there, self._note_commits)
         self._spill = Spill(path, self.id)
-        self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
-        self._local = threading.local()
+        self._reads = Reads(self._file, self._spill)
         self._marks = Marks(path / "started")
-        self._windows: OrderedDict[str, array[int]] = OrderedDict()
-        self._problems: dict[str, str] = {}
 
     # -- opening and closing ----------------------------------------------------------------------
 
@@ -126,9 +100,7 @@ class Journal:
         """Finish queued commits and close all files. ``Journal.open`` gives a new object afterwards."""
         if self.closed:
             return
-        for reader in list(self._readers):
-            reader.con.close()
-        self._local = threading.local()
+        self._reads.close()
         self._writer.close()
         os.close(self._sibling)
         self._marks.close()
@@ -137,9 +109,7 @@ class Journal:
 
     def _forked(self) -> None:
         # SQLite connections must not be used, nor closed, across a fork: the child leaves its parent's alone.
-        _parents_connections.extend([self._writer.forked(), *self._readers])
-        self._readers = weakref.WeakSet()
-        self._local = threading.local()
+        _parents_connections.extend([self._writer.forked(), *self._reads.forked()])
         self._marks.forked()
         self._spill.forked()
 
@@ -160,24 +130,9 @@ class Journal:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def _read(self) -> sqlite3.Connection:
-        reader: _Reader | None = getattr(self._local, "reader", None)
-        if reader is None:
-            if self.closed:
-                raise UsageError(f"The journal {self.path} is closed: open it again with Journal.open().")
-            try:
-                reader = _Reader(connect(self._file, readonly=True))
-            except sqlite3.Error as error:
-                raise translate(error, self._file) from error
-            self._readers.add(reader)
-            self._local.reader = reader
-        return reader.con
-
     def get(self, key: str) -> str | None:
         """The value recorded under ``key``; None when there is none."""
-        row = self._read().execute("SELECT mode, value FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
-        value = None if row is None else self._text(key, row[0], row[1])
-        return self._spill.see(key, value) if self._spill else value
+        return self._reads.get(key)
 
     def scan(
         self,
@@ -199,17 +154,7 @@ class Journal:
             limit: at most so many; None gives all.
             reverse: from the last key to the first.
         """
-        if self._spill:
-            for key, _ in self.keys(prefix, after=after, before=before, limit=limit, reverse=reverse):
-                text = self.get(key)
-                if text is not None:
-                    yield key, text
-            return
-        for page in self._pages("key, mode, value", prefix, after, before, limit, reverse):
-            for key, mode, value in page:
-                text = self._text(key, mode, value)
-                if text is not None:
-                    yield key, text
+        return self._reads.scan(prefix, after, before, limit, reverse)
 
     def keys(
         self,
@@ -221,65 +166,7 @@ class Journal:
         reverse: bool = False,
     ) -> Iterator[tuple[str, int]]:
         """Like ``scan``, with each key's row id in place of its value; values are not read."""
-        if self._spill:
-            yield from self._keys_with_spilled(prefix, after, before, limit, reverse)
-            return
-        for page in self._pages("key, rowid", prefix, after, before, limit, reverse):
-            yield from page
-
-    def _keys_with_spilled(
-        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
-    ) -> Iterator[tuple[str, int]]:
-        # Rare and few, so nothing is merged page by page. Their row ids lie beyond all real ones.
-        found = {key: _SPILLED + position for position, key in enumerate(self._spill.keys(prefix))}
-        found.update(row for page in self._pages("key, rowid", prefix, None, None, None, False) for row in page)
-        chosen = sorted(
-            (
-                (key, rowid)
-                for key, rowid in found.items()
-                if (after is None or key > after) and (before is None or key < before)
-            ),
-            reverse=reverse,
-        )
-        yield from chosen if limit is None else chosen[:limit]
-
-    def _pages(
-        self, columns: str, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
-    ) -> Iterator[list[Any]]:
-        low, high = prefix, _prefix_end(prefix)
-        low_operator = ">="
-        if after is not None and after >= low:
-            low, low_operator = after, ">"
-        if before is not None and (isinstance(high, bytes) or before < high):
-            high = before
-        left = -1 if limit is None else limit
-        direction = "DESC" if reverse else "ASC"
-        size = 16  # the first page is small: most scans are over one run's few steps
-        while left != 0:
-            sql = (
-                f"SELECT {columns} FROM Cache WHERE raw = 1 AND key {low_operator} ? AND key < ? "
-                f"ORDER BY key {direction} LIMIT ?"
-            )
-            page, chars = [], 0
-            want = size if left < 0 else min(size, left)
-            cursor = self._read().execute(sql, (low, high, want))
-            for row in cursor:
-                page.append(row)
-                value = row[-1]
-                chars += len(value) if type(value) is str else 0
-                if chars > _PAGE_CHARS:
-                    break
-            cursor.close()
-            if page:
-                yield page
-            if len(page) < want and chars <= _PAGE_CHARS:
-                return
-            left -= len(page) if left > 0 else 0
-            if reverse:
-                high = page[-1][0]
-            else:
-                low, low_operator = page[-1][0], ">"
-            size = _PAGE_ROWS
+        return self._reads.keys(prefix, after, before, limit, reverse)
 
     def rows(self, prefix: str, *, from_rowid: int, limit: int) -> list[tuple[int, str, str]]:
         """A window of the records under ``prefix`` in the order they were written: (row id, key, value).
@@ -289,47 +176,11 @@ class Journal:
             from_rowid: the first row id wanted; go on with the last one of a window plus one.
             limit: at most so many; fewer come only when there are no more.
         """
-        # The row ids are kept between windows: asking the index again for each window would be quadratic,
-        # walking the table slow for a run whose few records lie far apart.
-        ids = self._windows.get(prefix)
-        position = 0 if ids is None else bisect_left(ids, from_rowid)
-        if ids is None or len(ids) - position < limit:
-            ids = array("q", sorted(rowid for _, rowid in self.keys(prefix)))
-            self._windows[prefix] = ids
-            while len(self._windows) > 4:
-                self._windows.popitem(last=False)
-            position = bisect_left(ids, from_rowid)
-        if self._spill:
-            wanted = {rowid: key for key, rowid in self.keys(prefix)}
-            texts = ((rowid, wanted[rowid], self.get(wanted[rowid])) for rowid in ids[position:] if rowid in wanted)
-            return [(rowid, key, text) for rowid, key, text in texts if text is not None][:limit]
-        found: list[tuple[int, str, str]] = []
-        while len(found) < limit and position < len(ids):
-            some = ids[position : position + min(limit - len(found), _PAGE_ROWS)]
-            position += len(some)
-            sql = (
-                f"SELECT rowid, key, mode, value FROM Cache WHERE rowid IN ({','.join('?' * len(some))}) ORDER BY rowid"
-            )
-            for rowid, key, mode, value in self._read().execute(sql, some.tolist()).fetchall():
-                # A dropped row's id can have gone to another key since.
-                if isinstance(key, str) and key.startswith(prefix):
-                    text = self._text(key, mode, value)
-                    if text is not None:
-                        found.append((rowid, key, text))
-        return found
-
-    def _text(self, key: str, mode: int, value: object) -> str | None:
-        if mode == 1 and type(value) is str:
-            return value
-        if key not in self._problems:
-            kind = {2: "a side file", 3: "a side file", 4: "a pickle"}.get(mode, f"a {type(value).__name__} value")
-            self._problems[key] = f"{key}: {kind}, which no journal writes; it was not read"
-            log.warning("%s: ignored a row that agentflow did not write: %s", self.path, self._problems[key])
-        return None
+        return self._reads.rows(prefix, from_rowid, limit)
 
     def problems(self) -> list[str]:
         """Rows met so far that no journal has written. They are never decoded and count as absent."""
-        return list(self._problems.values())
+        return list(self._reads.problems.values())
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -483,30 +334,18 @@ def _inode(file: Path) -> tuple[int, int] | None:
     return stat.st_dev, stat.st_ino
 
 
-def _prefix_end(prefix: str) -> str | bytes:
-    """The first text after all that begin with ``prefix``."""
-    while prefix:
-        last = ord(prefix[-1]) + 1
-        if last == 0xD800:  # surrogates cannot be stored
-            last = 0xE000
-        if last <= 0x10FFFF:
-            return prefix[:-1] + chr(last)
-        prefix = prefix[:-1]
-    return b""  # in SQLite every blob comes after every text
-
-
 def _open(cls: type[Journal], path: Path) -> Journal:
     layout.check_place(path)
     try:
         sibling = layout.read_sibling(path) if path.is_dir() else None
     except PermissionError as error:
-        raise _read_only(path, error) from error
+        raise read_only(path, error) from error
     if sibling is None:
-        sibling = _create(path)
+        sibling = create(path)
     if not os.access(path, os.W_OK | os.X_OK) or not os.access(path / DB_NAME, os.F_OK | os.W_OK):
         if not (path / DB_NAME).exists():
             raise layout.missing_store(path)
-        raise _read_only(path, None)
+        raise read_only(path, None)
     journal = cls(path, sibling)
     try:
         with journal._writer._lock:
@@ -527,161 +366,12 @@ def _open(cls: type[Journal], path: Path) -> Journal:
     return journal
 
 
-def _read_only(path: Path, error: OSError | None) -> JournalReadOnly:
-    reason = f" ({error.strerror})" if error is not None and error.strerror else ""
-    return JournalReadOnly(
-        f"{path}: the journal cannot be written here{reason}. Set AGENTFLOW_PATH to a directory that can be."
-    )
-
-
 def _repair(journal: Journal, changed: str) -> None:
     def put_back(txn: Txn) -> None:
         txn._con.executemany("INSERT OR REPLACE INTO Settings VALUES (?, ?)", list(layout.SETTINGS.items()))
 
     journal.guarded(put_back)
     log.warning("%s: somebody changed the settings of the journal (%s); they were put back", journal.path, changed)
-
-
-def _create(path: Path) -> layout.Sibling:
-    """Create the journal; of several processes one does it and the others find it done."""
-    import fcntl
-
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise JournalForeign(f"{path} is a file. Set AGENTFLOW_PATH to a directory.") from error
-    except OSError as error:
-        raise _read_only(path, error) from error
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        sibling = layout.read_sibling(path)
-        if sibling is None:
-            layout.check_new(path)
-            try:
-                (path / ".gitignore").write_text("*\n", encoding="ascii")
-                store = _build(path)
-                layout.write_sibling(path, store, 0)
-                os.fsync(descriptor)
-            except OSError as error:
-                raise _read_only(path, error) from error
-            sibling = layout.read_sibling(path)
-    finally:
-        os.close(descriptor)
-    if sibling is None:
-        raise JournalIncomplete(f"{path}: {layout.SIBLING} vanished while the journal was created.")
-    return sibling
-
-
-def _build(path: Path) -> str:
-    """Have diskcache build the database beside its place, then move it there complete. Returns the store id."""
-    file = path / DB_NAME
-    if file.exists():  # a creator died between the two files; its database holds nothing yet
-        con = connect(file, readonly=True)
-        try:
-            found = dict(con.execute("SELECT key, value FROM Agentflow").fetchall())
-        finally:
-            con.close()
-        if found.get("commits") != 0:
-            raise layout.lost_sibling(path)
-        return str(found["store"])
-    import shutil
-
-    temporary = path / f"new-{os.getpid()}-{os.urandom(4).hex()}"
-    temporary.mkdir(mode=0o700)
-    try:
-        store = _build_store(temporary)
-        os.replace(temporary / DB_NAME, file)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return store
-
-
-def _build_store(folder: Path) -> str:
-    import diskcache
-
-    # Nothing reads it before it is complete and synced, so that building needs neither log nor syncs.
-    settings = {**layout.SETTINGS, "sqlite_journal_mode": "memory", "sqlite_synchronous": 0, "sqlite_auto_vacuum": 0}
-    diskcache.Cache(str(folder), disk=record_disk(), **settings).close()
-    store = os.urandom(16).hex()
-    con = sqlite3.connect(folder / DB_NAME, isolation_level=None)
-    try:
-        con.executescript(_OWN_SCHEMA)
-        con.executemany("INSERT OR REPLACE INTO Settings VALUES (?, ?)", list(layout.SETTINGS.items()))
-        about = [("store", store), ("layout", LAYOUT_VERSION), ("digest", DIGEST_VERSION), ("commits", 0)]
-        con.executemany("INSERT INTO Agentflow VALUES (?, ?)", about)
-        con.execute("COMMIT")
-        con.execute("PRAGMA journal_mode = WAL")
-    finally:
-        con.close()
-    descriptor = os.open(folder / DB_NAME, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return store
-
-
-# diskcache's triggers name texts in double quotes, which SQLite builds without DQS refuse, and its index of expiry
-# times holds every row; under the same names it takes these for its own.
-_OWN_SCHEMA = """
-PRAGMA synchronous = OFF;
-BEGIN;
-CREATE TABLE Agentflow (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-DROP INDEX Cache_expire_time;
-CREATE INDEX Cache_expire_time ON Cache (expire_time) WHERE expire_time IS NOT NULL;
-DROP TRIGGER Settings_count_insert;
-CREATE TRIGGER Settings_count_insert AFTER INSERT ON Cache FOR EACH ROW BEGIN
-    UPDATE Settings SET value = value + 1 WHERE key = 'count'; END;
-DROP TRIGGER Settings_count_delete;
-CREATE TRIGGER Settings_count_delete AFTER DELETE ON Cache FOR EACH ROW BEGIN
-    UPDATE Settings SET value = value - 1 WHERE key = 'count'; END;
-DROP TRIGGER Settings_size_insert;
-CREATE TRIGGER Settings_size_insert AFTER INSERT ON Cache FOR EACH ROW WHEN NEW.size <> 0 BEGIN
-    UPDATE Settings SET value = value + NEW.size WHERE key = 'size'; END;
-DROP TRIGGER Settings_size_update;
-CREATE TRIGGER Settings_size_update AFTER UPDATE OF size ON Cache FOR EACH ROW WHEN NEW.size <> OLD.size BEGIN
-    UPDATE Settings SET value = value + NEW.size - OLD.size WHERE key = 'size'; END;
-DROP TRIGGER Settings_size_delete;
-CREATE TRIGGER Settings_size_delete AFTER DELETE ON Cache FOR EACH ROW WHEN OLD.size <> 0 BEGIN
-    UPDATE Settings SET value = value - OLD.size WHERE key = 'size'; END;
-"""
-
-
-def record_disk() -> Any:
-    """The diskcache Disk class of a journal: text keys, text values in rows, everything else refused.
-
-    Its required argument is stored among diskcache's settings, so that a plain ``diskcache.Cache(directory)``
-    fails before it rewrites any of them.
-    """
-    import diskcache
-
-    class RecordDisk(diskcache.Disk):  # type: ignore[misc]
-        def __init__(self, directory: str, *, agentflow_layout: int, **kwargs: Any) -> None:
-            layout.check_versions(Path(directory), agentflow_layout, DIGEST_VERSION)
-            super().__init__(directory, **kwargs)
-
-        def put(self, key: object) -> tuple[str, bool]:
-            if type(key) is not str:
-                raise UsageError(f"A journal's keys are text, not {type(key).__name__}.")
-            return key, True
-
-        def get(self, key: object, raw: object) -> object:
-            if type(key) is not str or not raw:
-                raise JournalError("This key was not written by agentflow; it is not decoded.")
-            return key
-
-        def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, str]:
-            if type(value) is not str or read:
-                raise UsageError(f"A journal's values are text, not {type(value).__name__}.")
-            return 0, 1, None, value
-
-        def fetch(self, mode: int, filename: object, value: object, read: bool) -> str:
-            if mode != 1 or filename is not None or type(value) is not str or read:
-                raise JournalError("This row was not written by agentflow; it is not decoded.")
-            return value
-
-    return RecordDisk
 
 
 def _after_fork() -> None:

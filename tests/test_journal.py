@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from agentflow import layout, store
+from agentflow import layout, writer
+from agentflow.create import record_disk
 from agentflow.errors import (
     JournalBusy,
     JournalError,
@@ -30,7 +31,7 @@ from agentflow.errors import (
     LeaseLost,
     UsageError,
 )
-from agentflow.journal import Add, Drop, Fence, Journal, Put, default_path, record_disk
+from agentflow.journal import Add, Drop, Fence, Journal, Put, default_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -556,7 +557,7 @@ def test_a_thread_that_ends_closes_its_connection(journal):
     thread = threading.Thread(target=journal.get, args=("a",))
     thread.start()
     thread.join()
-    assert len(journal._readers) <= 1
+    assert len(journal._reads._readers) <= 1
 
 
 # -- marks -----------------------------------------------------------------------------------------
@@ -665,7 +666,7 @@ def broken(journal, monkeypatch, tmp_path):
     """A journal whose every transaction finds the disk full until ``broken.mend()``."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    real = store.Writer._transact
+    real = writer.Writer._transact
     journal.paid_retry_seconds = 0.05
 
     def full(self, jobs, *, drain):
@@ -673,8 +674,8 @@ def broken(journal, monkeypatch, tmp_path):
             self._drain(jobs)
         raise JournalFull("full")
 
-    monkeypatch.setattr(store.Writer, "_transact", full)
-    journal.mend = lambda: monkeypatch.setattr(store.Writer, "_transact", real)
+    monkeypatch.setattr(writer.Writer, "_transact", full)
+    journal.mend = lambda: monkeypatch.setattr(writer.Writer, "_transact", real)
     return journal
 
 

@@ -72,7 +72,8 @@ def test_no_acknowledged_record_is_lost_to_kills(tmp_path, kills, mode):
         assert len(rows) == len(set(rows))
         assert {f"{int(number):06}" for number in numbers} <= set(rows)
         assert rows == [key.rpartition("/")[2] for key, _ in journal.keys(f"pair/{life}/")], "half a transaction"
-        assert len(rows) - len(numbers) <= 8, "more than what was in flight went unacknowledged"
+        # Eight are in flight at once, and one more acknowledgement may be the line that the kill has torn.
+        assert len(rows) - len(numbers) <= 9, "more than what was in flight went unacknowledged"
         total += len(numbers)
     assert total >= kills
     journal.close()
