@@ -46,7 +46,10 @@ class Ended:
 def write_program(source: str, folder: Path, name: str = "program.py") -> Path:
     """A program file with the prelude: ``note(word)``, ``die()`` and all names of agentflow."""
     file = folder / name
-    file.write_text(PRELUDE + textwrap.dedent(source))
+    text = PRELUDE + textwrap.dedent(source)
+    # Not written again for a second process: the first one may be reading it at this moment.
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
     return file
 
 

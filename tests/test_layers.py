@@ -32,6 +32,8 @@ LAYERS = [
     {"blocking", "human", "scratch"},
     {"aicall", "context", "humantask", "steps", "tasks"},
     {"handles"},
+    {"opening"},
+    {"closing"},
     {"flow", "runs"},
     {"sync", "testing"},
     {""},

@@ -1,0 +1,189 @@
+"""Ending an execution: undo what has to be undone, write the outcome and release the lease in one commit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import orjson
+
+from agentflow import codec, human, rundocs
+from agentflow.calls import PLAIN, Call, Options
+from agentflow.drive import Wait, collect
+from agentflow.errors import (
+    JournalError,
+    LeaseLost,
+    StepFailed,
+    StepNotAwaited,
+    Waiting,
+)
+from agentflow.handles import waiting
+from agentflow.journal import Add, Drop, Put
+from agentflow.opening import Opened, code_digest
+from agentflow.records import moment, money
+from agentflow.run import Execution
+from agentflow.settings import log
+from agentflow.steps import make_call
+
+
+def result(ex: Execution, value: Any) -> tuple[str, Any]:
+    if isinstance(value, Call):
+        raise value.unawaited()
+    if ex.not_awaited:
+        name = ex.not_awaited[0]
+        raise StepNotAwaited(
+            f"step {name!r} was called and never awaited, so it did not run. Write: await step({name!r}, ...)"
+        )
+    return codec.roundtrip(value, where="result")
+
+
+def before_undoing(opened: Opened) -> None:
+    if opened.ex.compensations:
+        opened.document["undoing"] = True
+        opened.ex.journal.commit(
+            [Put(f"r/{opened.ex.key}", orjson.dumps(opened.document).decode())], fence=opened.ex.fence
+        )
+
+
+def replayed_with_undo(ex: Execution) -> tuple[Call, dict[str, Any]] | None:
+    """The next replayed step inside which there is something to undo; what is found takes its place."""
+    for index, (call, slot, head) in enumerate(ex.compensations):
+        if slot is None:
+            del ex.compensations[index]
+            return call, head
+    return None
+
+
+def undoing(ex: Execution, call: Call, slot: Any, value: Any) -> Call:
+    """The durable step that undoes one; its record and the mark that voids the undone one are one commit."""
+    # The key tells the undoing of this very version from that of an equal result before or after it.
+    undone = Options(idempotency_key=f"{slot.id}.{slot.n}")
+    undo = make_call(f"undo {call.name}", call.options.compensate, (value,), {}, undone)
+    ops: list[Any] = [Add(f"{ex.records.key(slot, slot.n)}!void", "")]
+    named = ex.records.row(slot, slot.n).head.get("named")
+    if named:
+        ops.append(Add(f"{named}!void", ""))
+    undo.kind = "compensation"
+    undo.options = replace(PLAIN, on_change="reuse")
+    undo.policy = "reuse"
+    undo.extra_ops = tuple(ops)
+    return undo
+
+
+async def undo(ex: Execution) -> None:
+    while (inside := replayed_with_undo(ex)) is not None:
+        try:
+            await collect(ex, *inside)
+        except Exception as failure:
+            not_undone(ex, inside[0], failure)
+    for call, slot, value in ex.compensations[::-1]:
+        try:
+            await undoing(ex, call, slot, value)
+        except Exception as failure:
+            not_undone(ex, call, failure)
+
+
+def not_undone(ex: Execution, call: Call, failure: Exception) -> None:
+    """The others are undone all the same; the run's document says that one is missing."""
+    if isinstance(failure, JournalError):
+        raise failure
+    ex.warn(f"{call.name}: its compensation failed ({type(failure).__name__}: {failure})")
+    ex.undo_failed = True
+
+
+def close_completed(opened: Opened, text: str, value: Any) -> Any:
+    ex, document = opened.ex, opened.document
+    for line in ex.unasked():
+        ex.warn(line)
+    replayed_only = ex.totals.ran == 0 and document.get("output") == text and document.get("ended_at")
+    when = moment(document.get("ended_at"))
+    document["output"] = text
+    document.pop("error", None)
+    if not replayed_only:
+        document["ended_at"] = time.time()
+    document["code"] = code_digest(opened.flow)
+    close(opened, "completed")
+    summary(ex, "completed" if not replayed_only else f"completed before, {when:%Y-%m-%d %H:%M:%S} UTC")
+    return value
+
+
+def close_failed(opened: Opened, error: Exception) -> None:
+    ex, document = opened.ex, opened.document
+    document["error"] = codec.encode_exception(error)
+    document["ended_at"] = time.time()
+    if isinstance(error, StepFailed):
+        document["error_step"] = {
+            "step": error.step, "run_id": ex.run_id, "attempts": error.attempts, "error_type": error.error_type
+        }  # fmt: skip
+    if ex.compensations:
+        document["compensated"] = "partly" if ex.undo_failed else "done"
+        document.pop("undoing", None)
+        if ex.undo_failed:
+            document["undoing"] = True
+    close(opened, "failed")
+    undone = f", {len(ex.compensations)} undone" if ex.compensations else ""
+    summary(ex, f"failed ({type(error).__name__}){undone}")
+
+
+def wait_for_child(opened: Opened, error: Waiting) -> Waiting:
+    """A run started in the body waits: this one waits for the same."""
+    dues = [(info, info.get("until", info.get("deadline"))) for info in error.waiting_on]
+    opened.ex.waits = [Wait(lambda: None, info, due) for info, due in dues]
+    return close_waiting(opened)
+
+
+def close_waiting(opened: Opened) -> Waiting:
+    ex, document = opened.ex, opened.document
+    waits = ex.waits
+    unique = {wait.info["id"]: wait.info for wait in waits}
+    document["waiting_on"] = list(unique.values())
+    document["due"] = min((wait.due for wait in waits if wait.due is not None), default=None)
+    close(opened, "waiting")
+    summary(ex, "waiting")
+    return waiting(document)
+
+
+def close(opened: Opened, status: str) -> None:
+    ex, document = opened.ex, opened.document
+    ex.closed = True
+    if ex.prior == "interrupted":
+        document["paid"] = str(rundocs.paid(ex.journal, ex.run_id))
+    else:
+        document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
+    document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
+    ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
+    ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status)
+    assert opened.lease is not None
+    opened.lease.release(ops)
+    if status != "waiting":
+        ex.journal.clear_marks(ex.run_id)
+
+
+def give_up(opened: Opened) -> None:
+    """Stopped from outside, or the journal failed: leave the run as it is, free for the next start."""
+    opened.ex.closed = True
+    assert opened.lease is not None
+    try:
+        opened.lease.release(rundocs.write(opened.document, "interrupted"))
+    except LeaseLost:
+        log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
+    except JournalError as error:
+        log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)
+    else:
+        summary(opened.ex, "interrupted")
+
+
+def summary(ex: Execution, status: str) -> None:
+    totals = ex.totals
+    count = totals.replayed + totals.ran + totals.failed
+    line = f"{status} · {count} {'step' if count == 1 else 'steps'}: {totals.replayed} replayed, {totals.ran} run"
+    if totals.failed:
+        line += f", {totals.failed} failed"
+    if totals.doubts:
+        line += f", {totals.doubts} in doubt before"
+    if totals.paid or totals.saved or totals.unpriced:
+        unknown = f" and {totals.unpriced} of unknown price" if totals.unpriced else ""
+        line += f" · paid {money(totals.paid)}{unknown}, saved {money(totals.saved)}"
+    log.info("%s · %s", ex.run_id, line)

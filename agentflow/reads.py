@@ -1,0 +1,219 @@
+"""All reads of one process from one journal: single records, ranges of keys in pages, windows in the order of writing.
+
+Every thread has a read-only connection of its own, so that readers never wait for the writer, and no lock or snapshot
+is held between two pages. A row that does not look like one written here is never decoded, only reported. Replies that
+were spilled (spill.py) and not yet taken in count as if they were in the database.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import weakref
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from agentflow.errors import UsageError
+from agentflow.spill import Spill
+from agentflow.store import connect, translate
+
+log = logging.getLogger("agentflow")
+
+_PAGE_ROWS = 256
+_PAGE_CHARS = 4_000_000
+_SPILLED = 2**62
+
+
+class _Reader:
+    """A thread's read connection, closed with its thread."""
+
+    __slots__ = ("__weakref__", "con")
+
+    def __init__(self, con: sqlite3.Connection) -> None:
+        self.con = con
+
+    def __del__(self) -> None:
+        self.con.close()
+
+
+class Reads:
+    """What ``Journal.get``, ``scan``, ``keys`` and ``rows`` do; they are described there.
+
+    Attributes:
+        problems: by key, rows met so far that no journal has written.
+    """
+
+    def __init__(self, file: Path, spill: Spill) -> None:
+        self.problems: dict[str, str] = {}
+        self._file = file
+        self._spill = spill
+        self._closed = False
+        self._windows: OrderedDict[str, array[int]] = OrderedDict()
+        self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
+        self._local = threading.local()
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        self._closed = True
+        for reader in list(self._readers):
+            reader.con.close()
+        self._local = threading.local()
+
+    def forked(self) -> list[object]:
+        """Begin anew in a child process; the parent's connections are returned, to be kept and never closed."""
+        readers = list[object](self._readers)
+        self._readers = weakref.WeakSet()
+        self._local = threading.local()
+        return readers
+
+    def _connection(self) -> sqlite3.Connection:
+        reader: _Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            if self._closed:
+                raise UsageError(f"The journal {self._file.parent} is closed: open it again with Journal.open().")
+            try:
+                reader = _Reader(connect(self._file, readonly=True))
+            except sqlite3.Error as error:
+                raise translate(error, self._file) from error
+            self._readers.add(reader)
+            self._local.reader = reader
+        return reader.con
+
+    def get(self, key: str) -> str | None:
+        row = self._connection().execute("SELECT mode, value FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
+        value = None if row is None else self._text(key, row[0], row[1])
+        return self._spill.see(key, value) if self._spill else value
+
+    def scan(
+        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[tuple[str, str]]:
+        if self._spill:
+            for key, _ in self.keys(prefix, after, before, limit, reverse):
+                text = self.get(key)
+                if text is not None:
+                    yield key, text
+            return
+        for page in self._pages("key, mode, value", prefix, after, before, limit, reverse):
+            for key, mode, value in page:
+                text = self._text(key, mode, value)
+                if text is not None:
+                    yield key, text
+
+    def keys(
+        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[tuple[str, int]]:
+        if self._spill:
+            yield from self._keys_with_spilled(prefix, after, before, limit, reverse)
+            return
+        for page in self._pages("key, rowid", prefix, after, before, limit, reverse):
+            yield from page
+
+    def _keys_with_spilled(
+        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[tuple[str, int]]:
+        # Rare and few, so nothing is merged page by page. Their row ids lie beyond all real ones.
+        found = {key: _SPILLED + position for position, key in enumerate(self._spill.keys(prefix))}
+        found.update(row for page in self._pages("key, rowid", prefix, None, None, None, False) for row in page)
+        chosen = sorted(
+            (
+                (key, rowid)
+                for key, rowid in found.items()
+                if (after is None or key > after) and (before is None or key < before)
+            ),
+            reverse=reverse,
+        )
+        yield from chosen if limit is None else chosen[:limit]
+
+    def _pages(
+        self, columns: str, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[list[Any]]:
+        low, high = prefix, _prefix_end(prefix)
+        low_operator = ">="
+        if after is not None and after >= low:
+            low, low_operator = after, ">"
+        if before is not None and (isinstance(high, bytes) or before < high):
+            high = before
+        left = -1 if limit is None else limit
+        direction = "DESC" if reverse else "ASC"
+        size = 16  # the first page is small: most scans are over one run's few steps
+        while left != 0:
+            sql = (
+                f"SELECT {columns} FROM Cache WHERE raw = 1 AND key {low_operator} ? AND key < ? "
+                f"ORDER BY key {direction} LIMIT ?"
+            )
+            page, chars = [], 0
+            want = size if left < 0 else min(size, left)
+            cursor = self._connection().execute(sql, (low, high, want))
+            for row in cursor:
+                page.append(row)
+                value = row[-1]
+                chars += len(value) if type(value) is str else 0
+                if chars > _PAGE_CHARS:
+                    break
+            cursor.close()
+            if page:
+                yield page
+            if len(page) < want and chars <= _PAGE_CHARS:
+                return
+            left -= len(page) if left > 0 else 0
+            if reverse:
+                high = page[-1][0]
+            else:
+                low, low_operator = page[-1][0], ">"
+            size = _PAGE_ROWS
+
+    def rows(self, prefix: str, from_rowid: int, limit: int) -> list[tuple[int, str, str]]:
+        # The row ids are kept between windows: asking the index again for each window would be quadratic,
+        # walking the table slow for a run whose few records lie far apart.
+        ids = self._windows.get(prefix)
+        position = 0 if ids is None else bisect_left(ids, from_rowid)
+        if ids is None or len(ids) - position < limit:
+            ids = array("q", sorted(rowid for _, rowid in self.keys(prefix, None, None, None, False)))
+            self._windows[prefix] = ids
+            while len(self._windows) > 4:
+                self._windows.popitem(last=False)
+            position = bisect_left(ids, from_rowid)
+        if self._spill:
+            wanted = {rowid: key for key, rowid in self.keys(prefix, None, None, None, False)}
+            texts = ((rowid, wanted[rowid], self.get(wanted[rowid])) for rowid in ids[position:] if rowid in wanted)
+            return [(rowid, key, text) for rowid, key, text in texts if text is not None][:limit]
+        found: list[tuple[int, str, str]] = []
+        while len(found) < limit and position < len(ids):
+            some = ids[position : position + min(limit - len(found), _PAGE_ROWS)]
+            position += len(some)
+            sql = (
+                f"SELECT rowid, key, mode, value FROM Cache WHERE rowid IN ({','.join('?' * len(some))}) ORDER BY rowid"
+            )
+            for rowid, key, mode, value in self._connection().execute(sql, some.tolist()).fetchall():
+                # A dropped row's id can have gone to another key since.
+                if isinstance(key, str) and key.startswith(prefix):
+                    text = self._text(key, mode, value)
+                    if text is not None:
+                        found.append((rowid, key, text))
+        return found
+
+    def _text(self, key: str, mode: int, value: object) -> str | None:
+        if mode == 1 and type(value) is str:
+            return value
+        if key not in self.problems:
+            kind = {2: "a side file", 3: "a side file", 4: "a pickle"}.get(mode, f"a {type(value).__name__} value")
+            self.problems[key] = f"{key}: {kind}, which no journal writes; it was not read"
+            log.warning("%s: ignored a row that agentflow did not write: %s", self._file.parent, self.problems[key])
+        return None
+
+
+def _prefix_end(prefix: str) -> str | bytes:
+    """The first text after all that begin with ``prefix``."""
+    while prefix:
+        last = ord(prefix[-1]) + 1
+        if last == 0xD800:  # surrogates cannot be stored
+            last = 0xE000
+        if last <= 0x10FFFF:
+            return prefix[:-1] + chr(last)
+        prefix = prefix[:-1]
+    return b""  # in SQLite every blob comes after every text
