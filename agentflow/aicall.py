@@ -162,7 +162,29 @@ def generate_content(
     on_text: Callable[[str], Any] | None = ...,
     extra: Mapping[str, Any] | None = ...,
 ) -> Coroutine[None, None, Any]: ...
-def generate_content(prompt: Any, *, retry: Any = None, **options: Any) -> Any:
+def generate_content(
+    prompt: Any,
+    *,
+    data: Any = None,
+    model: str | None = None,
+    system: str | None = None,
+    output_type: Any = str,
+    tools: Sequence[Any] = (),
+    files: Sequence[Any] = (),
+    name: str | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    reasoning: str | dict[str, Any] | None = None,
+    timeout: Duration | None = None,
+    retry: Retry | Mapping[str, Any] | None = None,
+    max_turns: int = 10,
+    reask: int = 1,
+    sample: int = 0,
+    background: bool = False,
+    batch: bool = False,
+    on_text: Callable[[str], Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Any:
     """Ask a model, once: ``answer = await generate_content("Name three rivers.")``.
 
     The reply is recorded raw, synced to disk, before anything validates it. The same request in the same
@@ -191,7 +213,27 @@ def generate_content(prompt: Any, *, retry: Any = None, **options: Any) -> Any:
         UsageError, UnknownModel: before anything is sent.
         Truncated, Refused, ContentFiltered, InvalidReply, ModelError: with ``.reply`` and ``.status``.
     """
-    prepared = generate.prepare(prompt, **options)
+    prepared = generate.prepare(
+        prompt,
+        data=data,
+        model=model,
+        system=system,
+        output_type=output_type,
+        tools=tools,
+        files=files,
+        name=name,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        reasoning=reasoning,
+        timeout=timeout,
+        max_turns=max_turns,
+        reask=reask,
+        sample=sample,
+        background=background,
+        batch=batch,
+        on_text=on_text,
+        extra=extra,
+    )
     place = here.get()
     ex = place.ex if place is not None else scratch()
     policy = retry_of(retry)

@@ -109,7 +109,9 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 now = ex.clock()
                 waits = [each for each in ex.held_up.values() if each is not None]
                 near = any(each.due is not None and each.due - now <= 60 for each in waits)
-                if ex.going <= 0 and not ex.suspended and not ex.stay and not near:
+                stuck = ex.going <= 0 and not ex.suspended and not ex.stay and not near
+                # An answer may have come that its branch, in another thread, has not seen yet.
+                if stuck and not any(_ready(each) for each in waits):
                     ex.suspended = True
                     ex.waits = waits
                     ex.turn.notify_all()
@@ -122,6 +124,13 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
         with ex.turn:
             del ex.held_up[me]
             ex.going += 1
+
+
+def _ready(wait: Wait) -> bool:
+    try:
+        return wait.check() is not PENDING
+    except Exception:  # its own branch will raise it
+        return True
 
 
 def count_going(ex: Execution | None, change: int) -> None:

@@ -4,6 +4,11 @@
 arguments, defaults, captured variables, partial arguments, the attributes of ``self`` that the code names, and for a
 lambda typed in a notebook cell the plain data it takes from other cells. Code is digested separately, by
 ``agentflow.codedigest``.
+
+Arguments stand by the parameter that takes them, passed or default, so ``charge(n)``, ``charge(order=n)`` and
+``charge(n, 5)`` are one text where 5 is the default. A default is a value like any other: editing it gives something
+else, and ``lambda i=i: ...`` is given its own ``i``. Only None in a parameter that has a default is not written, as if
+the parameter did not exist: a parameter added at the end, or by keyword only, with the default None changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agentflow.bytecode import free_values, shape_of
-from agentflow.canonical import Encoder, cell_value, dumps, marked, short_digest
+from agentflow.canonical import UNSET, Encoder, cell_value, dumps, marked, short_digest
 from agentflow.codedigest import code_of, in_notebook, is_data, is_own_class, is_own_file
 from agentflow.errors import UsageError
 
@@ -38,26 +43,29 @@ def data_digest(value: Any) -> str:
     return short_digest(dumps(Encoder(is_own_class, free=free_values).encode(value)))
 
 
+_Variable = tuple[str, Any, Any]  # its name; its cell, or the globals that hold it; its value when the call was made
+
+
 class Capture:
     """What one call was given.
 
     Attributes:
-        text: canonical JSON with the parts that are not empty: ``args``, ``kwargs``, ``defaults``, ``free``, ``self``,
-            ``globals``.
+        text: canonical JSON with the parts that are not empty: ``args`` by position, ``kwargs`` (keyword-only parameters
+            and ``**kwargs``), ``free``, ``self``, ``globals``.
         digest: 22 characters ``[A-Za-z0-9_-]`` of ``text``.
         opaque: paths of values without data form (clients, locks, files): not compared.
         names: names of the captured variables, in the order of ``free``; renaming them changes nothing.
         is_async: whether calling the function gives an awaitable. A plain function that returns one is not known here.
     """
 
-    __slots__ = ("_again", "_cells", "_mutable", "digest", "is_async", "names", "opaque", "text")
+    __slots__ = ("_again", "_mutable", "_variables", "digest", "is_async", "names", "opaque", "text")
 
     def __init__(
         self,
         out: bytes,
         encoder: Encoder,
         names: tuple[str, ...],
-        cells: tuple[tuple[str, types.CellType, Any], ...],
+        variables: tuple[_Variable, ...],
         is_async: bool,
         again: Callable[[], bytes],
     ) -> None:
@@ -67,13 +75,13 @@ class Capture:
         self.names = names
         self.is_async = is_async
         self._mutable = encoder.mutable
-        self._cells = cells
+        self._variables = variables
         self._again = again
 
     def rebound(self) -> str | None:
         """Name of a captured variable that holds something else now than when the call was made, or None."""
-        for name, cell, then in self._cells:
-            now = cell_value(cell)
+        for name, place, then in self._variables:
+            now = cell_value(place) if type(place) is types.CellType else place.get(name, UNSET)
             if now is then:
                 continue
             old, new = (
@@ -114,10 +122,42 @@ def capture(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None 
     """
     given = _Given(fn, tuple(args), dict(kwargs) if kwargs else {})
     encoder, out = given.encode()
-    cells = tuple((name, cell, cell_value(cell)) for name, cell in given.cells)
-    return Capture(
-        out, encoder, tuple(n for n, _ in given.cells), cells, given.is_async, lambda: given.encode(lenient=True)[1]
-    )
+    names = tuple(n for n, _ in given.cells)
+    variables = (*((name, cell, cell_value(cell)) for name, cell in given.cells), *given.globals)
+    return Capture(out, encoder, names, variables, given.is_async, lambda: given.encode(lenient=True)[1])
+
+
+def _by_parameter(
+    fn: types.FunctionType, owned: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by position, then what only goes by name, both with the defaults of what was not passed.
+
+    Args:
+        owned: the first parameter is ``self``, which ``args`` does not hold.
+    """
+    code, usual, named = fn.__code__, fn.__defaults__ or (), fn.__kwdefaults__
+    count = code.co_argcount - owned
+    first = count - len(usual)  # the first parameter with a default
+    if len(args) < count:
+        if kwargs:
+            names, nameless = code.co_varnames[owned : code.co_argcount], code.co_posonlyargcount - owned
+            kwargs, full = dict(kwargs), list(args)
+            for at in range(len(args), count):
+                if at >= nameless and names[at] in kwargs:
+                    full.append(kwargs.pop(names[at]))
+                else:  # UNSET: the call will fail, or a library's wrapper passes it
+                    full.append(usual[at - first] if at >= first else UNSET)
+            args = tuple(full)
+        else:
+            args = (*args, *[UNSET] * (first - len(args)), *usual[max(0, len(args) - first) :])
+    if len(args) == count:
+        end = count
+        while end > max(first, 0) and args[end - 1] is None:
+            end -= 1
+        args = args[:end]
+    if named:
+        kwargs = {k: v for k, v in {**named, **kwargs}.items() if v is not None or k not in named}
+    return args, kwargs
 
 
 class _Given:
@@ -128,6 +168,7 @@ class _Given:
         self.owner: Any = None
         self.function: types.FunctionType | None = None
         self.cells: list[tuple[str, types.CellType]] = []
+        self.globals: list[_Variable] = []
         self.is_async = False
         self.other: Any = None
         while type(fn) is not types.FunctionType:
@@ -173,6 +214,11 @@ class _Given:
             if type(fn) is not types.FunctionType:
                 return
         self.function = fn
+        self.args, self.kwargs = _by_parameter(fn, self.owner is not None, args, kwargs)
+        if fn.__name__ == "<lambda>" and in_notebook(fn):
+            known = fn.__globals__
+            names = {c.names[0]: 0 for c in shape_of(fn.__code__).chains if not c.captured and c.names[0] in known}
+            self.globals = [(n, known, known[n]) for n in names if is_data(known[n])]
         if fn.__closure__:
             by_name = dict(zip(fn.__code__.co_freevars, fn.__closure__, strict=True))
             self.cells = [
@@ -195,19 +241,8 @@ class _Given:
         if fn is not None:
             if self.cells:
                 parts["free"] = [enc(cell_value(c)) for _, c in self.cells]
-            if fn.__defaults__ or fn.__kwdefaults__:
-                taken = len(self.args) + (self.owner is not None)
-                first = fn.__code__.co_argcount - len(fn.__defaults__ or ())
-                left = [enc(d) for i, d in enumerate(fn.__defaults__ or ()) if first + i >= taken]
-                named = {k: enc(v) for k, v in (fn.__kwdefaults__ or {}).items() if k not in self.kwargs}
-                if left or named:
-                    parts["defaults"] = [*left, named] if named else left
-            if fn.__name__ == "<lambda>" and in_notebook(fn):
-                names = {c.names[0] for c in shape_of(fn.__code__).chains if not c.captured}
-                data = {n: fn.__globals__[n] for n in names if n in fn.__globals__}
-                cells = {n: enc(v) for n, v in data.items() if is_data(v)}
-                if cells:
-                    parts["globals"] = cells
+            if self.globals:
+                parts["globals"] = {n: enc(known.get(n, UNSET)) for n, known, _ in self.globals}
         return encoder, dumps({k: v for k, v in parts.items() if v})
 
     def _attrs(self) -> frozenset[str] | None:

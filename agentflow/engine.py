@@ -59,6 +59,10 @@ from agentflow.workers import in_flight
 Process = Generator[Effect, Any, Any]
 
 
+# A step in doubt is to be run; any other value, None too, is the result it had.
+_RUN: Any = object()
+
+
 class Overtaken(BaseException):
     """The record lost to one of another process, which took this step's claim over while this one was stopped."""
 
@@ -221,7 +225,7 @@ def _run(call: Call, again: int = 0) -> Process:
     state = ex.attempts_of(call, slot)
     if state.started and call.wait is None:
         settled = yield from _in_doubt(call, slot, state)
-        if settled is not None:
+        if settled is not _RUN:
             return settled
     attempt, sample, free = state.failed + 1, state.sample, 0
     asked = time.time()
@@ -331,7 +335,7 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
     if call.options.in_doubt == "rerun":
         if not state.paid:
             ex.doubt(call)
-        return None
+        return _RUN
     if call.options.in_doubt == "raise":
         raise located(
             StepInDoubt(
@@ -345,7 +349,7 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
         refused = f"d/{ex.key}/{call.occ}.{slot.n + 1}.no/"
         count = sum(1 for _ in ex.journal.scan(refused))
         yield ("commit", [Add(f"{refused}{count:04d}", call.name)], False)
-        return None
+        return _RUN
     text, value = codec.roundtrip(decision.data, where="result")
     current = Current(call, ex.key_of(call, slot.voids()), state.failed + 1, state.sample)
     head = _head(

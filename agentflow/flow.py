@@ -134,10 +134,8 @@ class Workflow(Generic[P, T]):
         ids: list[str] = []
         try:
             await self._run(arguments, ids)
-        except (UsageError, JournalError, RunBusy):
-            raise
-        except Exception:
-            if not ids:
+        except Exception as error:
+            if not ids or isinstance(error, JournalError):
                 raise
         journal = open_journal()
         document = rundocs.find(journal, ids[0])

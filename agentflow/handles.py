@@ -27,7 +27,7 @@ class Plan:
     def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
         self.run_id = run_id
         self.steps = steps
-        open_ = [step for step in steps if step.state in ("changed", "new")]
+        open_ = [step for step in steps if step.state in ("changed", "unknown")]
         costs = [step.cost for step in open_]
         self.dollars: Decimal | None = (
             None if any(c is None for c in costs) else sum((c for c in costs if c), Decimal(0))
@@ -38,7 +38,7 @@ class Plan:
         for step in self.steps:
             lines.append(f"  {step.state:<8} {step.name}" + (f" · {step.reason}" if step.reason else ""))
             lines += [f"             {line}" for line in step.diff.splitlines()]
-        if any(step.state in ("changed", "new") for step in self.steps):
+        if any(step.state in ("changed", "unknown") for step in self.steps):
             lines.append(f"  estimated cost of the steps shown: {money(self.dollars)}; what follows them is not known")
         return "\n".join(lines)
 
@@ -158,9 +158,8 @@ def waiting(document: dict[str, Any]) -> Waiting:
                 if isinstance(wait["assign_to"], str)
                 else ", ".join(wait["assign_to"] or ()) or "anybody"
             )
-            lines.append(
-                f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): agentflow tasks approve {wait['id']}"
-            )
+            answer = wait.get("command") or f"agentflow tasks approve {wait['id']}"
+            lines.append(f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): {answer}")
         else:
             lines.append(f"{wait['kind']} until {moment(wait['until'])}" if "until" in wait else wait["kind"])
     return Waiting(f"run {run_id} waits for {'; '.join(lines)}. Run it again afterwards.", run_id, waits)

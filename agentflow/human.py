@@ -5,6 +5,7 @@ A task is a document ``h/<task>``; ``ht/<run>/<name>/<task>`` finds a run's task
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,18 @@ from agentflow.calls import PLAIN, Call, enclosing, here
 from agentflow.capture import data_digest, data_text
 from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
-from agentflow.errors import HumanTaskExpired, NondeterministicStep, NotRecordable, TaskRejected, UsageError
+from agentflow.errors import HumanTaskExpired, NondeterministicStep, NotRecordable, StepChanged, TaskRejected, UsageError
 from agentflow.index import NS, short
-from agentflow.journal import Drop, Put
+from agentflow.journal import Drop, Journal, Put
 from agentflow.records import Decision, HumanTask, moment
 from agentflow.run import Execution
 from agentflow.settings import log, settings
 
 UNSET: Any = object()
+
+# The schema types of open tasks that this process asks for, by journal and task: answers given here are read with them.
+_types: dict[tuple[str, str], Any] = {}
+_TYPES = 4096
 
 
 def human_call(
@@ -61,7 +66,7 @@ def human_call(
         "data": shown,
         "digest": data_digest(data),
     }
-    call.wait = lambda: _wait(call, facts, limit)
+    call.wait = lambda: _wait(call, facts, limit, schema=schema)
     call.finish = lambda outcome: _outcome(call, outcome, schema, on_timeout)
     ex.locate(call, call.digest)
     call.started = False
@@ -71,10 +76,8 @@ def human_call(
 def _form(schema: Any) -> dict[str, Any] | None:
     if schema is None:
         return None
-    from pydantic import TypeAdapter
-
     try:
-        return TypeAdapter(schema).json_schema()
+        return schema_.form(schema)
     except Exception as error:
         raise UsageError(f"human_task(schema={schema!r}) is no type that can be filled in: {error}") from error
 
@@ -84,7 +87,14 @@ def task_id(call: Call, again: int = 0) -> str:
     return "t-" + short(f"{call.ex.run_id}/{slot.id}.{slot.n + 1}" + (f"~{again}" if again else ""), 10)
 
 
-def _wait(call: Call, facts: dict[str, Any], limit: float | None, again: int = 0) -> Wait:
+def command(ident: str, form: dict[str, Any] | None) -> str:
+    """What to type to answer a task."""
+    if form is None:
+        return f"agentflow tasks approve {ident}"
+    return f"agentflow tasks answer {ident} {shlex.quote(schema_.sketch(form))}"
+
+
+def _wait(call: Call, facts: dict[str, Any], limit: float | None, again: int = 0, schema: Any = None) -> Wait:
     ex = call.ex
     ident = task_id(call, again)
     found = read(ex, ident)
@@ -102,15 +112,23 @@ def _wait(call: Call, facts: dict[str, Any], limit: float | None, again: int = 0
         "title": facts["title"],
         "assign_to": facts["assign_to"],
         "deadline": found["deadline"],
+        "command": command(ident, facts["schema"]),
     }
+    if schema is not None:
+        _types[ex.journal.id, ident] = schema
+        while len(_types) > _TYPES:
+            _types.pop(next(iter(_types)), None)
 
     def check() -> Any:
         document = read(ex, ident)
-        if document is None or document["status"] in ("open", "withdrawn"):
-            if document is not None and document["deadline"] is not None and ex.clock() >= document["deadline"]:
-                return expire(ex, ident)
-            return PENDING
-        return document["outcome"]
+        if document is not None and document["outcome"] is not None:
+            if schema is None or (why := _unfit(document["outcome"], schema)) is None:
+                _types.pop((ex.journal.id, ident), None)
+                return document["outcome"]
+            document = _reopen(call, document, why)
+        if document is not None and document["deadline"] is not None and ex.clock() >= document["deadline"]:
+            return expire(ex, ident)
+        return PENDING
 
     return Wait(check, info, found["deadline"])
 
@@ -143,11 +161,49 @@ def _open(call: Call, ident: str, facts: dict[str, Any], limit: float | None) ->
         ],
         fence=ex.fence,
     )
+    _notify(document)
+    return document
+
+
+def _notify(document: dict[str, Any]) -> None:
     if settings.notify is not None:
         try:
             settings.notify(task_of(document))
         except Exception:  # a notifier that fails must not lose the task, which is open and listed
-            log.exception("configure(notify=...) failed for task %s", ident)
+            log.exception("configure(notify=...) failed for task %s", document["id"])
+
+
+def _unfit(outcome: dict[str, Any], schema: Any) -> str | None:
+    """Why an answer that was taken elsewhere, by its JSON schema alone, is none for the type itself."""
+    if outcome.get("expired") or not outcome["approved"]:
+        return None
+    try:
+        schema_.fit(decision_of(outcome).data, schema)
+    except (schema_.Mismatch, NotRecordable) as error:
+        return str(error)
+    return None
+
+
+def _reopen(call: Call, refused: dict[str, Any], why: str) -> dict[str, Any]:
+    """Ask again, keeping the answer that does not fit; the deadline stays."""
+    ex, outcome = call.ex, refused["outcome"]
+
+    def reopen(txn: Any) -> dict[str, Any] | None:
+        document: dict[str, Any] = orjson.loads(txn.get(f"h/{refused['id']}"))
+        if document["outcome"] != outcome:  # another thread of this run was faster
+            return None
+        document["refused"] = [*document.get("refused", ()), outcome | {"why": why}]
+        document |= {"status": "open", "outcome": None}
+        txn.put(f"h/{document['id']}", orjson.dumps(document).decode())
+        txn.put(open_key(document), document["id"])
+        return document
+
+    document = ex.journal.guarded(reopen)
+    if document is None:
+        return refused | {"deadline": None}  # looked at again in a moment
+    by = outcome.get("by") or "somebody"
+    ex.warn(f"{call.name}: the answer by {by} to task {refused['id']} does not fit, so the task is open again: {why}")
+    _notify(document)
     return document
 
 
@@ -249,9 +305,15 @@ def _outcome(call: Call, outcome: dict[str, Any], schema: Any, on_timeout: Any) 
         )
         rejected.decision = decision
         raise rejected
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(schema).validate_python(decision.data)
+    try:
+        return schema_.fit(decision.data, schema)
+    except schema_.Mismatch as error:
+        changed = StepChanged(
+            f"task {call.name!r} of {call.ex.run_id} was answered by {decision.by or 'somebody'}, and its schema does "
+            f"not take that answer any more: {error}. To ask again: .options(rerun=[{call.name!r}])"
+        )
+        changed.step, changed.run_id = call.name, call.ex.run_id
+        raise changed from error
 
 
 def decision_of(outcome: dict[str, Any], read: Callable[[str], Any] = codec.decode) -> Decision:
@@ -277,8 +339,19 @@ def task_of(document: dict[str, Any]) -> HumanTask:
         deadline=moment(document["deadline"]),
         schema=document["schema"],
         decision=decision_of(outcome, codec.look) if outcome and not outcome.get("expired") else None,
-        extra={"step": document["step"], "digest": document["digest"]},
+        extra={
+            "step": document["step"],
+            "digest": document["digest"],
+            "refused": [_refused(each) for each in document.get("refused", ())],
+        },
     )
+
+
+def _refused(outcome: dict[str, Any]) -> dict[str, Any]:
+    decision = decision_of(outcome, codec.look)
+    return {"by": decision.by, "at": decision.at, "comment": decision.comment, "data": decision.data} | {
+        "why": outcome["why"]
+    }
 
 
 def ask_in_doubt(call: Call) -> Wait:
@@ -307,28 +380,36 @@ def ask_in_doubt(call: Call) -> Wait:
     return wait
 
 
-def record_answer(
-    document: dict[str, Any], approved: bool, by: str | None, at: float, comment: str | None, data: Any
+def answered(
+    journal: Journal, document: dict[str, Any], approved: bool, by: str | None, at: float, comment: str | None, data: Any
 ) -> dict[str, Any]:
-    """The document of a task after an answer. Raises if the data cannot be recorded or does not fit the schema."""
-    if document["schema"] is not None and approved:
-        if data is UNSET:
-            raise UsageError(
-                f"task {document['id']} asks for data: tasks.answer({document['id']!r}, {{...}}, by=...). Its form: "
-                f"{', '.join(document['schema'].get('properties', {})) or document['schema'].get('type', 'any')}"
-            )
-        _check_form(document, data)
+    """What an answer changes in a task's document. Raises if the data cannot be recorded or does not fit the schema."""
+    form = document["schema"]
+    if form is not None and approved and data is UNSET:
+        raise UsageError(
+            f"task {document['id']} asks for data: tasks.answer({document['id']!r}, {{...}}, by=...) or "
+            f"{command(document['id'], form)}. Its form: "
+            f"{', '.join(form.get('properties', {})) or form.get('type', 'any')}"
+        )
     try:
         text = None if data is UNSET or data is None else codec.encode(data, where="data")
     except NotRecordable as error:
         raise UsageError(f"The answer cannot be recorded: {error}") from error
-    status = "rejected" if not approved else ("approved" if data is UNSET or data is None else "answered")
-    outcome = {"approved": approved, "by": by, "at": at, "comment": comment, "data": text}
-    return document | {"status": status, "outcome": outcome}
+    if form is not None and approved:
+        _check_form(journal, document, data, text)
+    status = "rejected" if not approved else ("answered" if text is not None else "approved")
+    return {"status": status, "outcome": {"approved": approved, "by": by, "at": at, "comment": comment, "data": text}}
 
 
-def _check_form(document: dict[str, Any], data: Any) -> None:
-    """Refuse data that the recorded JSON schema refuses, where it is given."""
-    wrong = schema_.misfit(schema_.plain(data, "answer"), document["schema"])
-    if wrong is not None:
-        raise UsageError(f"task {document['id']}: {wrong}.")
+def _check_form(journal: Journal, document: dict[str, Any], data: Any, text: str | None) -> None:
+    """Refuse data that does not fit, where it is given: by the type, or by its JSON schema where that is not known."""
+    schema = _types.get((journal.id, document["id"]))
+    if schema is None:
+        wrong = schema_.misfit(schema_.plain(data, "answer"), document["schema"])
+        if wrong is not None:
+            raise UsageError(f"task {document['id']}: {wrong}.")
+        return
+    try:
+        schema_.fit(None if text is None else codec.decode(text), schema)
+    except schema_.Mismatch as error:
+        raise UsageError(f"task {document['id']}: {error}.") from error

@@ -164,6 +164,13 @@ class Records:
             self._free[slot.ident[:NS]] += 1
             slot.claimed = False
 
+    def release_all(self) -> None:
+        """Nobody has claimed anything: another cell may ask for the same."""
+        for slot in self:
+            if slot.claimed:
+                slot.claimed = False
+                self._free[slot.ident[:NS]] += 1
+
     def free(self, ns: str) -> int:
         """How many slots of one name in one scope nobody has claimed."""
         return self._free.get(ns, 0)

@@ -77,7 +77,7 @@ def arguments(flow: Definition, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def locate(flow: Definition, journal: Journal, arguments: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     run_id = flow.options.run_id
     if run_id is None and flow.run_id is not None:
-        run_id = flow.run_id(*arguments.values())
+        run_id = _own_id(flow, arguments)
         if not isinstance(run_id, str) or not run_id:
             raise UsageError(f"workflow {flow.name!r}: run_id= gave {run_id!r}; it has to give non-empty text.")
     if run_id is not None and flow.options.fresh:
@@ -152,7 +152,18 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
 
 
 def named(flow: Definition, arguments: dict[str, Any]) -> str:
-    return flow.options.run_id or str(flow.run_id(*arguments.values()) if flow.run_id else "")
+    return flow.options.run_id or str(_own_id(flow, arguments) or "")
+
+
+def _own_id(flow: Definition, arguments: dict[str, Any]) -> Any:
+    if flow.run_id is None:
+        return None
+    try:
+        return flow.run_id(*arguments.values())
+    except Exception as error:
+        raise UsageError(
+            f"workflow {flow.name!r}: run_id= failed for this input: {type(error).__name__}: {error}"
+        ) from error
 
 
 def take_up(

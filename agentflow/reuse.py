@@ -7,6 +7,7 @@ same but for accidents of the moment. Then ``judge``: may this record be used as
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Generator
@@ -186,7 +187,7 @@ def like(call: Call) -> Slot | None:
             ignore=tuple(head.get("vol", ())),
             old_window=(head["w0"], head["asked"]),
             new_window=(ex.session, time.time()),
-            known=ex.known,
+            known=functools.partial(_known, ex, row),
         )
         if not diffs:
             return slot
@@ -209,6 +210,12 @@ def like(call: Call) -> Slot | None:
         f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
     )
     return slot
+
+
+def _known(ex: Any, row: Row, text: str) -> bool:
+    """Whether a uuid is data: found in the input or an output, for a recorded call in one from before it."""
+    recorded = text.replace("-", "").lower() in row.given.replace("-", "").lower()
+    return bool(ex.known(text, row.head["s0"] if recorded else None))
 
 
 def _accidents(diffs: list[Any]) -> str:

@@ -30,6 +30,10 @@ _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?
 PROCESS_START = time.time()
 
 
+def _plain(found: str) -> str:
+    return found.replace("-", "").lower()
+
+
 @dataclass(slots=True)
 class Attempts:
     """What is known of a step that has no record yet."""
@@ -43,7 +47,7 @@ class Attempts:
 
 @dataclass(slots=True)
 class PlanStep:
-    """One line of a plan: ``state`` is reused, changed, new or waiting; ``cost`` in dollars, None when unknown."""
+    """One line of a plan: ``state`` is reused, changed or unknown (not recorded yet); ``cost`` in dollars, or None."""
 
     name: str
     state: str
@@ -124,7 +128,7 @@ class Execution:
     _codes: set[str] = field(default_factory=set)
     _said: set[str] = field(default_factory=set)
     _missed: dict[str, str] = field(default_factory=dict)
-    _uuids: set[str] | None = None
+    _uuids: dict[str, list[int]] | None = None
     _starts: list[tuple[str, list[int]]] | None = None
     _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
     _live_branches: set[str] = field(default_factory=set)
@@ -208,6 +212,7 @@ class Execution:
         if cell != self._cell:
             self._cell = cell
             self._asks.clear()
+            self.records.release_all()
         count = self._asks.get(ident, 0)
         self._asks[ident] = count + 1
         return count
@@ -605,15 +610,22 @@ class Execution:
             self._prompts.setdefault(id(step), {})[path] = digest
             step = step.parent
 
-    def known(self, text: str) -> bool:
-        """Whether a uuid stands in the run's input or in a recorded output: then it is data."""
+    def known(self, text: str, before: list[int] | None = None) -> bool:
+        """Whether a uuid stands in the run's input or in a recorded output: then it is data.
+
+        ``before``: only outputs recorded before that moment count; a payment that echoes the uuid it was
+        given does not make it data.
+        """
         if self._uuids is None:
-            found = set(_UUID.findall(self.input_text))
+            self._uuids = {_plain(u): [0, 0] for u in _UUID.findall(self.input_text)}
             for key, row in self.journal.scan(self.records.prefix):
-                if "!" not in key:
-                    found.update(_UUID.findall(Row(key, row).output))
-            self._uuids = {u.replace("-", "").lower() for u in found}
-        return text.replace("-", "").lower() in self._uuids
+                if "!" in key:
+                    continue
+                ended = Row(key, row).head["s1"]
+                for found in map(_plain, _UUID.findall(Row(key, row).output)):
+                    self._uuids[found] = min(self._uuids.get(found, ended), ended)
+        ended = self._uuids.get(_plain(text))
+        return ended is not None and (before is None or ended < before)
 
     # -- words -------------------------------------------------------------------------------
 
@@ -666,7 +678,7 @@ class Execution:
         if old is None:
             old = next((slot for slot in self.unclaimed(call) if slot.n >= 0), None)
         if old is None:
-            self.plan_steps.append(PlanStep(call.name, "new", "not recorded yet"))
+            self.plan_steps.append(PlanStep(call.name, "unknown", "not recorded yet"))
             return
         row = self.records.row(old, old.n)
         shown = unified(differences(row.given, call.given)) if row.given and call.given else ""

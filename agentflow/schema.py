@@ -9,6 +9,7 @@ import decimal
 import enum
 import functools
 import inspect
+import ipaddress
 import json
 import math
 import pathlib
@@ -355,6 +356,84 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# -- forms that people fill in ---------------------------------------------------------------------
+
+
+def form(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a type that a person fills in; the text form of a Decimal is checked like the number."""
+    return _cached(_reader, kind).json_schema(schema_generator=_generator())  # type: ignore[no-any-return]
+
+
+def _reader(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+@functools.cache
+def _generator() -> Any:
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Generator(GenerateJsonSchema):
+        def decimal_schema(self, schema: Any) -> dict[str, Any]:
+            made = super().decimal_schema(schema)
+            bounds: dict[str, Any] = {}
+            for variant in made.get("anyOf", ()):
+                if variant.get("type") == "number":
+                    bounds = {key: variant[key] for key in _NUMBERS if key in variant}
+                elif variant.get("type") == "string":
+                    variant |= {"format": "decimal", **bounds}
+            return made
+
+    return Generator
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """The instance of a type that recorded data stands for, read as Python values or else as JSON.
+
+    Raises:
+        Mismatch: it is none; the message is one line. Whatever a validator raises becomes one.
+    """
+    from pydantic import ValidationError
+
+    reader = _cached(_reader, kind)
+    try:
+        try:
+            return reader.validate_python(value)
+        except ValidationError as first:  # strict types take a date from JSON that they do not take from text
+            try:
+                return reader.validate_json(json.dumps(plain(value)))
+            except (UsageError, ValidationError):
+                raise first from None
+    except ValidationError as error:
+        lines = []
+        for each in error.errors(include_url=False, include_context=False):
+            where = ".".join(map(str, each["loc"]))
+            got = "" if each["type"] == "missing" else f" (got {_short(each['input'])})"
+            lines.append(f"{where + ': ' if where else ''}{each['msg']}{got}")
+        raise Mismatch(" ".join(_ADDRESS.sub("", "; ".join(lines)).split())) from error
+    except Exception as error:
+        raise Mismatch(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def sketch(form: Mapping[str, Any]) -> str:
+    """What an answer looks like: ``{"amount": ..., "reason": ...}``."""
+    form = _referred(form, form)
+    if "properties" in form:
+        names = form.get("required") or list(form["properties"])
+        return "{" + ", ".join(f"{json.dumps(name, ensure_ascii=False)}: ..." for name in names) + "}"
+    return {"object": "{...}", "array": "[...]", "string": '"..."'}.get(str(form.get("type")), "...")
+
+
+def _referred(form: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A reference with what it refers to."""
+    seen = 0
+    while "$ref" in form and (seen := seen + 1) < 100:
+        rest = {key: value for key, value in form.items() if key != "$ref"}
+        form = {**root.get("$defs", {}).get(form["$ref"].rpartition("/")[2], {}), **rest}
+    return form
+
+
 # What the kinds of a JSON schema are in Python, and in words.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "string": (lambda v: isinstance(v, str), "text"),
@@ -372,49 +451,56 @@ def misfit(
 ) -> str | None:
     """What keeps plain JSON data from fitting a pydantic JSON schema, in words; None where nothing does.
 
-    Keywords not looked at here (patterns, formats) are left to the type itself, which reads the data in the end.
+    What only the type knows, such as its own validators, is left to it: it reads the data in the end.
 
     >>> misfit({"age": "old"}, {"type": "object", "properties": {"age": {"type": "integer"}}})
     "answer.age='old' has to be a whole number"
     """
     root = form if root is None else root
-    if "$ref" in form:
-        return misfit(value, root["$defs"][form["$ref"].rpartition("/")[2]], path, root)
+    form = _referred(form, root)
     if choices := form.get("anyOf") or form.get("oneOf"):
         found = [misfit(value, choice, path, root) for choice in choices]
-        return None if None in found else " or ".join(dict.fromkeys(text for text in found if text))
+        if None not in found:
+            return " or ".join(dict.fromkeys(text for text in found if text))
     for part in form.get("allOf", ()):
         if wrong := misfit(value, part, path, root):
             return wrong
     allowed = [form["const"]] if "const" in form else form.get("enum")
-    if allowed is not None and value not in allowed:
+    if allowed is not None and not any(value == each and _alike(value, each) for each in allowed):
         return f"{path}={value!r} has to be one of {', '.join(map(repr, allowed))}"
-    kind = _KINDS.get(form.get("type", ""))
-    if kind is not None and not kind[0](value):
+    named = form.get("type", [])
+    kinds = [_KINDS[name] for name in ([named] if isinstance(named, str) else named) if name in _KINDS]
+    if kinds and not any(fits(value) for fits, _ in kinds):
         missing = f", with {', '.join(form['required'])}" if form.get("required") else ""
-        return f"{path}={value!r} has to be {kind[1]}{missing}"
+        return f"{path}={value!r} has to be {' or '.join(words for _, words in kinds)}{missing}"
     if isinstance(value, dict):
         return _misfit_object(value, form, path, root)
     if isinstance(value, list):
-        before, rest = form.get("prefixItems", []), form.get("items", {})
-        if len(value) < form.get("minItems", 0):
-            return f"{path} has {len(value)} items and needs at least {form['minItems']}"
-        if len(value) > form.get("maxItems", len(value)):
-            return f"{path} has {len(value)} items and takes at most {form['maxItems']}"
-        for index, item in enumerate(value):
-            inner = before[index] if index < len(before) else rest
-            if isinstance(inner, dict) and (wrong := misfit(item, inner, f"{path}[{index}]", root)):
-                return wrong
+        return _misfit_list(value, form, path, root)
+    if isinstance(value, str) and (wrong := _misfit_text(value, form, path)):
+        return wrong
     return _misfit_size(value, form, path)
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Python takes True for 1, JSON does not."""
+    return isinstance(value, bool) == isinstance(other, bool)
 
 
 def _misfit_object(value: dict[str, Any], form: Mapping[str, Any], path: str, root: Mapping[str, Any]) -> str | None:
     properties, others = form.get("properties", {}), form.get("additionalProperties", {})
+    patterns, names = form.get("patternProperties", {}), form.get("propertyNames")
     missing = [name for name in form.get("required", ()) if name not in value]
     if missing:
         return f"{path} lacks {', '.join(missing)}"
+    if wrong := _misfit_count(len(value), form, path, "Properties"):
+        return wrong
     for name, item in value.items():
-        inner = properties.get(name, others)
+        if isinstance(names, dict) and (wrong := misfit(name, names, f"{path}: the name ", root)):
+            return wrong
+        inner = properties.get(name)
+        if inner is None:
+            inner = next((each for pattern, each in patterns.items() if _matches(name, pattern)), others)
         if inner is False:
             return f"{path}.{name} is not asked for"
         if isinstance(inner, dict) and (wrong := misfit(item, inner, f"{path}.{name}", root)):
@@ -422,19 +508,99 @@ def _misfit_object(value: dict[str, Any], form: Mapping[str, Any], path: str, ro
     return None
 
 
+def _misfit_list(value: list[Any], form: Mapping[str, Any], path: str, root: Mapping[str, Any]) -> str | None:
+    before, rest = form.get("prefixItems", []), form.get("items", {})
+    # A set may be given with repetitions; what counts are its different items.
+    count = len({json.dumps(item, sort_keys=True) for item in value}) if form.get("uniqueItems") else len(value)
+    if wrong := _misfit_count(count, form, path, "Items"):
+        return wrong
+    for index, item in enumerate(value):
+        inner = before[index] if index < len(before) else rest
+        if isinstance(inner, dict) and (wrong := misfit(item, inner, f"{path}[{index}]", root)):
+            return wrong
+    return None
+
+
+def _misfit_count(count: int, form: Mapping[str, Any], path: str, what: str) -> str | None:
+    low, high = form.get(f"min{what}", 0), form.get(f"max{what}", count)
+    words = "items" if what == "Items" else "entries"
+    if count < low:
+        return f"{path} has {count} {words} and needs at least {low}"
+    if count > high:
+        return f"{path} has {count} {words} and takes at most {high}"
+    return None
+
+
+# Texts that are read as something else, and what they are in words. The types themselves say what they take.
+_READ: dict[str, tuple[Any, str]] = {
+    "date": (dt.date, "a date such as 2026-01-31"),
+    "date-time": (dt.datetime, "a date and time such as 2026-01-31T12:00:00Z"),
+    "time": (dt.time, "a time such as 12:00:00"),
+    "duration": (dt.timedelta, "a duration such as PT1H30M"),
+    "uuid": (uuid.UUID, "a UUID"),
+    "decimal": (decimal.Decimal, "a decimal number"),
+    "ipv4": (ipaddress.IPv4Address, "an IPv4 address"),
+    "ipv6": (ipaddress.IPv6Address, "an IPv6 address"),
+}
+
+
+def _misfit_text(value: str, form: Mapping[str, Any], path: str) -> str | None:
+    known = _READ.get(str(form.get("format")))
+    if known is not None:
+        try:
+            _cached(_reader, known[0]).validate_python(value)
+        except ValueError:
+            return f"{path}={value!r} has to be {known[1]}"
+    pattern = form.get("pattern")
+    if isinstance(pattern, str) and not _matches(value, pattern):
+        return f"{path}={value!r} has to match {pattern}"
+    return None
+
+
+def _matches(value: str, pattern: str) -> bool:
+    """By the engine that pydantic has; what only Python's knows (lookarounds) by that; what neither knows matches."""
+    from pydantic import ValidationError
+    from pydantic_core import SchemaError
+
+    try:
+        _pattern(pattern).validate_python(value)
+    except ValidationError:
+        return False
+    except SchemaError:
+        try:
+            return re.search(pattern, value) is not None
+        except re.error:
+            return True
+    return True
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(pattern: str) -> Any:
+    from pydantic_core import SchemaValidator, core_schema
+
+    return SchemaValidator(core_schema.str_schema(pattern=pattern))
+
+
 def _misfit_size(value: Any, form: Mapping[str, Any], path: str) -> str | None:
-    size = len(value) if isinstance(value, str) else value
-    if isinstance(size, bool) or not isinstance(size, int | float):
+    size: Any = value
+    low, high, unit = "minimum", "maximum", ""
+    if isinstance(value, str) and form.get("format") == "decimal":
+        size = decimal.Decimal(value.strip())
+    elif isinstance(value, str):
+        size, low, high, unit = len(value), "minLength", "maxLength", " characters"
+    if isinstance(size, bool) or not isinstance(size, int | float | decimal.Decimal):
         return None
     what = f"{path}={value!r} has to be"
-    low, high = ("minLength", "maxLength") if isinstance(value, str) else ("minimum", "maximum")
-    unit = " characters" if isinstance(value, str) else ""
     if low in form and size < form[low]:
         return f"{what} at least {form[low]}{unit}"
     if high in form and size > form[high]:
         return f"{what} at most {form[high]}{unit}"
+    if unit:
+        return None
     if "exclusiveMinimum" in form and not size > form["exclusiveMinimum"]:
         return f"{what} more than {form['exclusiveMinimum']}"
     if "exclusiveMaximum" in form and not size < form["exclusiveMaximum"]:
         return f"{what} less than {form['exclusiveMaximum']}"
+    if form.get("multipleOf") and decimal.Decimal(str(size)) % decimal.Decimal(str(form["multipleOf"])):
+        return f"{what} a multiple of {form['multipleOf']}"
     return None

@@ -252,6 +252,17 @@ def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any
     return entry(name, fn, args, options, _awaited)
 
 
+# What help() and editors show: the options by name, though an unknown one is answered with a hint.
+step.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("name", inspect.Parameter.POSITIONAL_ONLY),
+        inspect.Parameter("fn", inspect.Parameter.POSITIONAL_ONLY, default=None),
+        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+        *(inspect.Parameter(o, inspect.Parameter.KEYWORD_ONLY, default=getattr(PLAIN, o)) for o in _OPTIONS),
+    ]
+)
+
+
 def entry(name: Any, fn: Any, args: tuple[Any, ...], options: dict[str, Any], start: Callable[[Call], Any]) -> Any:
     """The forms of ``step``; ``start`` is what is done with a call."""
     if fn is None and not args:

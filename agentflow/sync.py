@@ -16,18 +16,23 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from agentflow import aicall, flow, human, steps
+from agentflow import aicall, flow, human, runs, steps, tasks
 from agentflow.blocking import count_going, drive_blocking, leave, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
 from agentflow.drive import branch_label
 from agentflow.durations import Duration, seconds
 from agentflow.errors import StepTimeout, UsageError
+from agentflow.handles import Run
+from agentflow.models import Reply
+from agentflow.prompts import Prompt, load_prompt
 from agentflow.records import Decision, Retry
+from agentflow.settings import configure
 from agentflow.workers import threads
 
 
@@ -137,6 +142,7 @@ def _fan_out(
     ):
         raise UsageError(f"parallel(concurrency={concurrency!r}): 1 or more, or None for all at once.")
     limit = seconds(timeout, what="timeout")
+    deadline = None if limit is None else time.monotonic() + limit
     place = here.get()
     ex = place.ex if place is not None and not place.ex.scratch else None
     names = [ex.label(label, place) if ex is not None and place is not None else label for label in labels]
@@ -162,7 +168,8 @@ def _fan_out(
                 running[threads.submit(context, fns[index], (), {})] = index
             count_going(ex, -ended)
             ended = 0
-            done, _ = wait(running, timeout=limit, return_when=FIRST_COMPLETED if first is None else ALL_COMPLETED)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done, _ = wait(running, timeout=left, return_when=FIRST_COMPLETED if first is None else ALL_COMPLETED)
             if not done and limit is not None:
                 raise StepTimeout(f"parallel took longer than {limit:g}s")
             for future in done:
@@ -189,6 +196,7 @@ def _fan_out(
 parallel = _Parallel()
 
 __all__ = [
-    "Context", "Decision", "Retry", "Workflow", "current_step", "generateContent", "generate_content", "humanTask",
-    "human_task", "parallel", "step", "workflow",
+    "Context", "Decision", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
+    "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
+    "step", "tasks", "workflow",
 ]  # fmt: skip

@@ -74,7 +74,10 @@ def reject(task_id: str, *, by: str | None = None, comment: str | None = None) -
 
 
 def answer(task_id: str, data: Any, by: str | None = None, comment: str | None = None) -> HumanTask:
-    """Answer with data, which is checked against the task's schema here; as ``approve``."""
+    """Answer with data, which is checked here; as ``approve``.
+
+    The schema's type checks it where this process has asked the question, elsewhere its JSON schema does.
+    """
     return _decide(task_id, True, by, comment, data)
 
 
@@ -103,21 +106,29 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
         raise _closed(found, f"{by or 'nobody named'} may not decide task {found['id']}.")
     now = settings.clock() if settings.clock else time.time()
 
+    _refuse_closed(found, now)
+    # Before the transaction, which everybody's commits wait for: the schema's own validators run here.
+    answered = human.answered(journal, found, approved, by, now, comment, data)
+
     def decide(txn: Any) -> dict[str, Any]:
         document = orjson.loads(txn.get(f"h/{found['id']}"))
-        if document["status"] == "open" and document["deadline"] is not None and now >= document["deadline"]:
-            raise _closed(
-                document,
-                f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.",
-            )
-        if document["status"] != "open":
-            raise _closed(document, _why_closed(document))
-        decided = human.record_answer(document, approved, by, now, comment, data)
+        _refuse_closed(document, now)
+        decided: dict[str, Any] = document | answered
         txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
         txn.drop(human.open_key(document))
         return decided
 
     return human.task_of(journal.guarded(decide))
+
+
+def _refuse_closed(document: dict[str, Any], now: float) -> None:
+    if document["status"] == "open" and document["deadline"] is not None and now >= document["deadline"]:
+        raise _closed(
+            document,
+            f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.",
+        )
+    if document["status"] != "open":
+        raise _closed(document, _why_closed(document))
 
 
 def _why_closed(document: dict[str, Any]) -> str:

@@ -1000,7 +1000,7 @@ async def test_plan_of_a_first_run_is_new_and_leaves_no_trace():
         await step("b", ran.append, 2)
 
     plan = await flow.plan(1)
-    assert states(plan) == [("a", "new")]
+    assert states(plan) == [("a", "unknown")]
     assert plan.dollars is None
     assert ran == [] and runs.list() == []
 
@@ -1057,7 +1057,7 @@ async def test_plan_asks_nobody_and_shows_a_kept_edit(program):
         return await human_task(type="approve", data=n)
 
     plan = await flow.plan(1)
-    assert [state for _, state in states(plan)] in (["new"], ["waiting"])
+    assert [state for _, state in states(plan)] in (["unknown"], ["waiting"])
     assert tasks.list() == []
 
 
@@ -1068,7 +1068,7 @@ async def test_plan_with_a_key_runs_nothing_and_knows_the_record():
     async def flow(ctx, n: int):
         return await step("charge", charged.append, "o1", idempotency_key="k")
 
-    assert states(await flow.plan(1)) == [("charge", "new")]
+    assert states(await flow.plan(1)) == [("charge", "unknown")]
     await flow.run(1)
     before = everything()
     assert states(await flow.plan(2)) == [("charge", "reused")]

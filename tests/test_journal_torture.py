@@ -60,7 +60,9 @@ def test_no_acknowledged_record_is_lost_to_kills(tmp_path, kills, mode):
         child = start(COMMITTER, folder, life, mode)
         lines = [child.stdout.readline() for _ in range(seeded.randrange(1, 60))]
         child.send_signal(signal.SIGKILL)
-        rest, err = child.communicate()
+        # communicate() would lose what readline() has read ahead.
+        rest, err = child.stdout.read(), child.stderr.read()
+        child.communicate()
         assert child.returncode == -signal.SIGKILL and err == ""
         text = "".join(lines) + rest
         # The last line may be torn by the kill.

@@ -74,7 +74,7 @@ def test_workflow_by_name_and_execute_function() -> None:
     assert run.status == "completed" and run.result() == 6 and run.workflow == "by-name"
     plan = flow.plan(3)
     assert [(s.name, s.state) for s in plan.steps] == [("double", "reused")]
-    assert [(s.name, s.state) for s in flow.plan(4).steps] == [("double", "new")]
+    assert [(s.name, s.state) for s in flow.plan(4).steps] == [("double", "unknown")]
     assert calls == [3]
 
 

@@ -11,7 +11,7 @@ from agentflow.cli import output
 from agentflow.durations import words
 from agentflow.errors import RunNotFound
 from agentflow.handles import Run
-from agentflow.records import StepRecord, money
+from agentflow.records import StepRecord, moment, money
 
 app = typer.Typer(help="What ran, and what its steps did.", no_args_is_help=True, rich_markup_mode=None)
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -86,8 +86,14 @@ def _row(record: StepRecord) -> tuple[Any, ...]:
 
 def waits(wait: dict[str, Any]) -> str:
     if wait["kind"] == "task":
-        return f"{wait['title'] or wait['type']}: agentflow tasks approve {wait['id']}"
+        answer = wait.get("command") or f"agentflow tasks approve {wait['id']}"
+        return f"{wait['title'] or wait['type']}: {answer}"
     return str(wait["kind"])
+
+
+def _with_moments(wait: dict[str, Any]) -> dict[str, Any]:
+    """Times as in all other JSON here, not as seconds since 1970."""
+    return wait | {name: moment(wait[name]) for name in ("deadline", "until") if name in wait}
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def summary(run: Run) -> dict[str, Any]:
         "completed_at": run.completed_at,
         "cost": output.dollars(run.cost),
         "saved": output.dollars(run.saved),
-        "waiting_on": run.waiting_on,
+        "waiting_on": [_with_moments(wait) for wait in run.waiting_on],
         "error": run.error,
     }
 

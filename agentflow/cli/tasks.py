@@ -63,6 +63,10 @@ def show(task_id: TASK, json: JSON = False) -> None:
             ("by", decision.by if decision else None),
             ("comment", decision.comment if decision else None),
             ("answer", output.json_text(decision.data) if decision and decision.data is not None else None),
+            *(
+                ("refused", f"{output.json_text(each['data'])} by {each['by'] or 'somebody'}: {each['why']}")
+                for each in task.extra["refused"]
+            ),
         )
     )
 
@@ -122,4 +126,4 @@ def shape(task: HumanTask) -> dict[str, Any]:
         "id", "run_id", "workflow", "type", "assign_to", "status", "title", "data", "schema", "created_at", "deadline",
         "decision",
     )  # fmt: skip
-    return {name: getattr(task, name) for name in names}
+    return {name: getattr(task, name) for name in names} | {"refused": task.extra["refused"]}
