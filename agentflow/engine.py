@@ -38,6 +38,7 @@ from agentflow.errors import (
     CapturedChanged,
     IdempotencyConflict,
     JournalError,
+    LeaseLost,
     ModelError,
     NondeterministicStep,
     RunBusy,
@@ -324,7 +325,12 @@ def keep_late(current: Current, result: Any) -> None:
     head = _head(call, current, slot, order, asked, started, current.attempt, current.sample, 0)
     given = call.given if len(call.given) <= 65536 else ""
     row = ex.records.record(slot, Row.compose(head | {"late": True}, text, given))
-    if ex.journal.commit([row], fence=ex.own_fence())[0]:
+    try:
+        kept = ex.journal.commit([row], fence=ex.own_fence())[0]
+    except LeaseLost:
+        # This process itself may have begun another execution of the run at this very moment.
+        kept = ex.journal.commit([row], fence=ex.own_fence())[0]
+    if kept:
         slot.n += 1
         ex.say(f"{call.name}: came back after it had been given up; its result is recorded")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import agentflow
 from agentflow import ledger, scratch
 from agentflow.journal import Journal
 from agentflow.settings import settings
+
+# A suite that is started in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ENVIRONMENT = (
     "AGENTFLOW_MODEL",

@@ -238,12 +238,82 @@ def test_an_argument_counts_the_same_however_it_is_bound():
     assert digest(use, 1) != digest(use, 2)
 
 
-def test_a_default_that_was_overridden_was_not_given():
-    def f(a, b=1, *, c=2):
-        return a, b, c
+def test_an_argument_counts_the_same_by_position_by_name_and_as_default():
+    def charge(order, amount=5, *, cur="EUR"):
+        return order, amount, cur
 
-    assert digest(f, 1) != digest(f, 1, 1)
-    assert "defaults" not in capture(f, (1, 2), {"c": 3}).text
+    class Till:
+        def charge(self, order, amount=5):
+            return order, amount
+
+    c = capture(charge, ("n",))
+    assert c.text == '{"args":["n",5],"kwargs":{"cur":"EUR"}}'
+    for args, kwargs in [
+        ((), {"order": "n"}),
+        (("n", 5), {}),
+        (("n",), {"amount": 5}),
+        ((), {"cur": "EUR", "amount": 5, "order": "n"}),
+    ]:
+        assert capture(charge, args, kwargs).text == c.text, (args, kwargs)
+    assert digest(functools.partial(charge, amount=5), "n") == c.digest
+    others = [digest(charge, "n", 6), digest(charge, "n", cur="USD"), digest(charge, 5, "n"), digest(charge, "m")]
+    assert len({c.digest, *others}) == 5
+    bound = digest(Till().charge, "n")
+    assert bound == digest(Till().charge, order="n") == digest(Till().charge, "n", amount=5)
+    assert bound != digest(Till().charge, "n", 6)
+    assert digest(Till.charge, Till(), "n") == digest(Till.charge, order="n", self=Till())
+
+
+def test_arguments_that_no_parameter_names_rest_as_they_are():
+    def f(a, /, b=2, *rest, c=3, **more):
+        return a, b, rest, c, more
+
+    assert capture(f, (1,), {"a": 9}).text == '{"args":[1,2],"kwargs":{"a":9,"c":3}}'
+    assert capture(f, (1, 2, None), {"x": None}).text == '{"args":[1,2,null],"kwargs":{"c":3,"x":null}}'
+    assert digest(use) != digest(use, None) != digest(use, None, None) != digest(use, x=None)
+
+
+@pytest.mark.parametrize("args, kwargs", [((), {}), ((), {"amount": 1}), ((1, 2, 3), {}), ((1,), {"order": 2})])
+def test_a_call_that_will_fail_is_still_written_whole(args, kwargs):
+    def charge(order, amount=5):
+        return order, amount
+
+    text = capture(charge, args, kwargs).text
+    assert ("~unset" in text) == (not args)
+    assert all(str(v) in text for v in (*args, *kwargs.values()))
+
+
+def test_an_edited_default_is_given_as_another_value_and_an_explicit_argument_is_not_touched_by_it():
+    def old(order, amount=5):
+        return order, amount
+
+    def new(order, amount=6):
+        return order, amount
+
+    assert digest(old, "n") != digest(new, "n")
+    assert digest(old, "n", 5) == digest(new, "n", 5) and digest(old, "n", 6) == digest(new, "n")
+
+
+def test_a_parameter_added_with_the_default_none_changes_nothing():
+    def old(order, amount=5, *, cur="EUR"):
+        return order, amount, cur
+
+    def new(order, amount=5, note=None, *, cur="EUR", when=None):
+        return order, amount, cur, note, when
+
+    assert digest(old, "n") == digest(new, "n") == digest(new, "n", note=None, when=None)
+    assert len({digest(new, "n"), digest(new, "n", note=1), digest(new, "n", when=1), digest(new, None)}) == 4
+    assert len({digest(lambda i=i: i) for i in (None, 0, 1)}) == 3
+
+
+def test_an_optional_context_is_not_given_however_it_is_passed():
+    class Context:
+        __agentflow_context__ = True
+
+    def f(order, ctx=None):
+        return order
+
+    assert digest(f, "n") == digest(f, "n", Context()) == digest(f, "n", ctx=Context())
 
 
 def test_renaming_captured_variables_changes_nothing_and_swapping_them_does():
@@ -417,6 +487,41 @@ def test_a_variable_rebound_to_an_equal_value_is_not_rebound():
     assert c.rebound() is None
     d = [2]
     assert c.rebound() == "d"
+
+
+def cell_lambda(source, names, file="<ipython-input-1-abc>"):
+    exec(compile(f"f = {source}", file, "exec"), names)
+    return names["f"]
+
+
+def test_a_global_of_a_cell_lambda_that_was_rebound_is_named():
+    names = {"i": 0, "rows": [1], "lock": threading.Lock(), "k": 5}
+    captured = []
+    for names["i"] in range(3):
+        captured.append(capture(functools.partial(cell_lambda("lambda x: [i * x, rows, lock, len]", names), 10)))
+    assert [c.rebound() for c in captured] == ["i", "i", None]
+    last = captured[-1]
+    names["rows"] = [1]
+    assert last.rebound() is None, "an equal value"
+    names["rows"].append(2)
+    assert last.rebound() == "rows"
+    names["rows"], names["lock"], names["k"] = [1], threading.Lock(), 6
+    assert last.rebound() is None, "neither given: no data, not named"
+    del names["rows"]
+    assert last.rebound() == "rows"
+    names["rows"] = len
+    assert last.rebound() == "rows"
+
+
+def test_a_global_changed_in_place_or_taken_by_other_code_is_not_rebound():
+    names = {"rows": [1], "n": 1}
+    c = capture(cell_lambda("lambda: rows", names))
+    names["rows"].append(2)
+    assert c.rebound() is None and c.mutated() == ("globals.rows",)
+    exec(compile("def g(): return n", "<ipython-input-1-abc>", "exec"), names)
+    in_file, in_def = capture(cell_lambda("lambda: n", names, "app.py")), capture(names["g"])
+    names["n"] = 2
+    assert in_file.rebound() is None and in_def.rebound() is None, "code"
 
 
 def test_a_client_rebound_to_another_is_rebound():

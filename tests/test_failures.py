@@ -539,18 +539,18 @@ async def order(ctx):
     await step("charge", lambda: note("charge") or "paid", compensate=refund)
     await step("ship", ship)
 
-import agentflow.flow
+import agentflow.closing as closing
 if sys.argv[1] == "before":
-    agentflow.flow.Workflow._before_undoing = lambda self, opened: die()
+    closing.before_undoing = lambda opened: die()
 elif sys.argv[1] == "between":
-    undoing = agentflow.flow.Workflow._undoing
-    def dying(self, ex, call, slot, value):
+    undoing = closing.undoing
+    def dying(ex, call, slot, value):
         if call.name == "reserve":
             die()
-        return undoing(self, ex, call, slot, value)
-    agentflow.flow.Workflow._undoing = dying
+        return undoing(ex, call, slot, value)
+    closing.undoing = dying
 elif sys.argv[1] == "end":
-    agentflow.flow.Workflow._close_failed = lambda *a: die()
+    closing.close_failed = lambda *a: die()
 try:
     order.run_sync()
 except RuntimeError as error:

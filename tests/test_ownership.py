@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from agentflow import runs, step, workflow
+from agentflow import opening, runs, step, workflow
 from agentflow.errors import RunBusy
 from agentflow.sync import step as step_sync
 from agentflow.sync import workflow as workflow_sync
@@ -443,7 +443,7 @@ def test_a_run_that_another_made_and_ended_between_looking_and_taking_is_one_run
     assert raced.run_sync() == 1
     (run,) = runs.list()
     # What the second process saw when it looked: no such run.
-    monkeypatch.setattr(type(raced), "_locate", lambda self, journal, given: (None, run.id))
+    monkeypatch.setattr(opening, "locate", lambda flow, journal, given: (None, run.id))
     assert raced.run_sync() == 1
     assert [each.id for each in runs.list()] == [run.id] == [runs.get(run.id[:-1]).id]
     assert called == [1]

@@ -254,6 +254,23 @@ def test_threads_of_one_process_that_ask_for_the_same_step_run_it_once() -> None
     assert results == [1, 1, 1] and calls == [1]
 
 
+async def test_the_same_call_in_another_spelling_is_not_charged_twice(again: Callable[[], None]) -> None:
+    """A step that asks for the same thing is the same step, however its arguments are written."""
+    charged = []
+
+    def charge(order: str, amount: int = 5, *, cur: str = "EUR") -> str:
+        charged.append((order, amount, cur))
+        return f"{order} {amount} {cur}"
+
+    ask: Any = step  # the forms differ in what a type checker sees, not in what they give
+    for args, kwargs in [(("n",), {}), ((), {"order": "n"}), (("n", 5), {}), (("n",), {"cur": "EUR", "amount": 5})]:
+        assert await ask("charge", charge, *args, **kwargs) == "n 5 EUR"
+        again()
+    assert charged == [("n", 5, "EUR")]
+    assert await ask("charge", charge, "n", 6) == "n 6 EUR"
+    assert len(charged) == 2
+
+
 # -- cells of a notebook -------------------------------------------------------------------------
 
 
@@ -330,6 +347,22 @@ def test_cells_of_a_kernel_replay_notice_edits_and_survive_a_restart(kernel: Ker
     kernel.run("url = 'a'")
     assert kernel.run(fetch) == "A\n"
     assert notes(tmp_path)[2:] == ["fetch a", "fetch b"]
+
+    # Case 11: in a cell the variable of the loop is a global, and the trap is the same.
+    trap = (
+        "import asyncio\n"
+        "out = []\n"
+        "for i in range(3):\n"
+        "    out.append(step('t', lambda%s: note('trap') or i * 10))\n"
+        "try:\n"
+        "    print(await asyncio.gather(*out))\n"
+        "except CapturedChanged as error:\n"
+        "    print(type(error).__name__, \"'i'\" in str(error))"
+    )
+    assert kernel.run(trap % "") == "CapturedChanged True\n"
+    assert kernel.run(trap % " i=i") == "[0, 10, 20]\n"
+    turns = "print([await step('turn', lambda: i * 10) for i in range(3)], i)"
+    assert kernel.run(turns) == "[0, 10, 20] 2\n"
 
     # Case 45: repeats are counted within one execution of a cell.
     poll = (
