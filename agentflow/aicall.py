@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import generate, prompts
+from agentflow import codedigest, generate, prompts
 from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration
@@ -281,3 +281,4 @@ def _note_prompt(path: str, digest: str) -> None:
 
 
 prompts.on_read = _note_prompt
+codedigest.prompt_part = lambda name: prompts.file_digest(name) or None
