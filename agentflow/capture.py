@@ -50,8 +50,8 @@ class Capture:
     """What one call was given.
 
     Attributes:
-        text: canonical JSON with the parts that are not empty: ``args`` by position, ``kwargs`` (keyword-only parameters
-            and ``**kwargs``), ``free``, ``self``, ``globals``.
+        text: canonical JSON with the parts that are not empty: ``args`` by position, ``kwargs`` (keyword-only
+            parameters and ``**kwargs``), ``free``, ``self``, ``globals``.
         digest: 22 characters ``[A-Za-z0-9_-]`` of ``text``.
         opaque: paths of values without data form (clients, locks, files): not compared.
         names: names of the captured variables, in the order of ``free``; renaming them changes nothing.

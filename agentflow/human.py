@@ -17,7 +17,14 @@ from agentflow.calls import PLAIN, Call, enclosing, here
 from agentflow.capture import data_digest, data_text
 from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
-from agentflow.errors import HumanTaskExpired, NondeterministicStep, NotRecordable, StepChanged, TaskRejected, UsageError
+from agentflow.errors import (
+    HumanTaskExpired,
+    NondeterministicStep,
+    NotRecordable,
+    StepChanged,
+    TaskRejected,
+    UsageError,
+)
 from agentflow.index import NS, short
 from agentflow.journal import Drop, Journal, Put
 from agentflow.records import Decision, HumanTask, moment
@@ -381,7 +388,13 @@ def ask_in_doubt(call: Call) -> Wait:
 
 
 def answered(
-    journal: Journal, document: dict[str, Any], approved: bool, by: str | None, at: float, comment: str | None, data: Any
+    journal: Journal,
+    document: dict[str, Any],
+    approved: bool,
+    by: str | None,
+    at: float,
+    comment: str | None,
+    data: Any,
 ) -> dict[str, Any]:
     """What an answer changes in a task's document. Raises if the data cannot be recorded or does not fit the schema."""
     form = document["schema"]
@@ -404,12 +417,14 @@ def answered(
 def _check_form(journal: Journal, document: dict[str, Any], data: Any, text: str | None) -> None:
     """Refuse data that does not fit, where it is given: by the type, or by its JSON schema where that is not known."""
     schema = _types.get((journal.id, document["id"]))
-    if schema is None:
-        wrong = schema_.misfit(schema_.plain(data, "answer"), document["schema"])
-        if wrong is not None:
-            raise UsageError(f"task {document['id']}: {wrong}.")
-        return
-    try:
-        schema_.fit(None if text is None else codec.decode(text), schema)
-    except schema_.Mismatch as error:
-        raise UsageError(f"task {document['id']}: {error}.") from error
+    error = None
+    if schema is not None:
+        try:
+            schema_.fit(None if text is None else codec.decode(text), schema)
+            return
+        except schema_.Mismatch as refused:
+            error = refused
+    # Its words are the plainer ones where both refuse.
+    wrong = schema_.misfit(schema_.plain(data, "answer"), document["schema"]) or error
+    if wrong is not None:
+        raise UsageError(f"task {document['id']}: {wrong}.") from error

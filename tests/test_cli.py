@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 from decimal import Decimal
 
 import pytest
 from pydantic import BaseModel
 
 import agentflow
-from agentflow import Waiting, generate_content, human_task, ledger, runs, step, tasks, workflow
+from agentflow import Waiting, generate_content, human_task, ledger, parallel, runs, step, tasks, workflow
 from agentflow.cli.app import run
 from agentflow.testing import FakeModel
 from tests.programs import ROOT, environment, run_program
@@ -151,6 +152,55 @@ def test_an_answer_is_checked_where_it_is_given(cli):
     assert code == 2 and "not JSON" in err
     assert cli("tasks", "answer", task, '{"amount": 30}')[0] == 0
     assert fill_in.run_sync() == 30
+
+
+def test_the_command_shown_for_a_form_answers_it_and_times_are_texts(cli):
+    @workflow("form-and-nap")
+    async def flow(ctx) -> None:
+        await parallel([human_task("input", schema=Form, data=1, timeout="2d"), ctx.sleep("3d")])
+
+    with pytest.raises(Waiting):
+        flow.run_sync()
+    (task,) = json.loads(cli("tasks", "list", "--json")[1])
+    run_id = task["run_id"]
+    out = cli("runs", "show", run_id)[1]
+    assert f"agentflow tasks answer {task['id']} '{{\"amount\": ...}}'" in out and "tasks approve" not in out
+    (listed,) = json.loads(cli("runs", "list", "--json")[1])
+    shown = json.loads(cli("runs", "show", run_id, "--json")[1])
+    assert listed["waiting_on"] == shown["waiting_on"]
+    form, nap = sorted(shown["waiting_on"], key=lambda wait: wait["kind"], reverse=True)
+    assert form["deadline"] == task["deadline"] and "tasks answer" in form["command"]
+    assert datetime.fromisoformat(nap["until"]).tzinfo is not None
+
+
+def test_a_refused_answer_is_shown_with_who_gave_it_and_why(cli, tmp_path):
+    source = """
+        from typing import Annotated
+        from pydantic import AfterValidator
+
+        def odd(value):
+            assert value % 2, "must be odd"
+            return value
+
+        @workflow("odd")
+        async def flow(ctx):
+            return await human_task("input", schema=Annotated[int, AfterValidator(odd)], data=1)
+
+        try:
+            print(flow.run_sync())
+        except Waiting:
+            print("waits")
+    """
+    assert run_program(source, tmp_path).out == "waits\n"
+    (task,) = json.loads(cli("tasks", "list", "--json")[1])
+    assert cli("tasks", "answer", task["id"], "2", "--by", "kim")[0] == 0
+    assert run_program(source, tmp_path).out == "waits\n"
+    (task,) = json.loads(cli("tasks", "list", "--json")[1])
+    assert [(each["by"], each["data"]) for each in task["refused"]] == [("kim", 2)]
+    out = cli("tasks", "show", task["id"])[1]
+    assert "kim" in out and "must be odd" in out
+    assert cli("tasks", "answer", task["id"], "3")[0] == 0
+    assert run_program(source, tmp_path).out == "3\n"
 
 
 def test_what_is_not_there_has_exit_code_4_and_one_line(cli, waiting):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import pytest
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 import agentflow
 from agentflow import (
@@ -18,11 +20,13 @@ from agentflow import (
     Decision,
     HumanTask,
     HumanTaskExpired,
+    StepChanged,
     StepTimeout,
     TaskClosed,
     TaskRejected,
     UsageError,
     Waiting,
+    human,
     human_task,
     parallel,
     runs,
@@ -31,6 +35,7 @@ from agentflow import (
     tasks,
     workflow,
 )
+from agentflow import schema as schema_
 from agentflow.settings import settings
 from tests.programs import notes, run_program
 
@@ -280,7 +285,9 @@ def test_clock_in_the_data_is_refused_by_name_instead_of_asking_for_ever(tmp_pat
     assert run_program(program, tmp_path).out == "waiting\n"
     ended = run_program(program, tmp_path)
     assert ended.out.startswith("refused:"), ended.out
-    assert "read_at" in ended.out and "ctx.now()" in ended.out and "draft" not in ended.out.split("Take what differs")[1]
+    assert (
+        "read_at" in ended.out and "ctx.now()" in ended.out and "draft" not in ended.out.split("Take what differs")[1]
+    )
 
 
 async def test_recorded_clock_in_the_data_is_asked_once(again: Callable[[], None]) -> None:
@@ -372,6 +379,263 @@ async def test_answer_without_a_recorded_form_is_refused_and_the_task_stays_open
     with pytest.raises(UsageError, match="data"):
         tasks.answer(only_task().id, {"lock": asyncio.Lock()})
     assert only_task().status == "open"
+
+
+def odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+class Odd(BaseModel):
+    amount: Annotated[int, AfterValidator(odd)]
+    on: date | None = None
+
+
+async def test_validator_of_the_type_refuses_an_answer_where_it_is_given(again: Callable[[], None]) -> None:
+    flow = asking("validated", schema=Odd)
+    await flow.start("hello")
+    for wrong in ({"amount": 2}, {"amount": 1, "on": "31.12.2026"}):
+        with pytest.raises(UsageError, match=r"must be odd|amount|on.*date"):
+            tasks.answer(only_task().id, wrong, by="Ann")
+        assert only_task().status == "open"
+    tasks.answer(only_task().id, {"amount": 3, "on": "2026-12-31"}, by="Ann")
+    again()
+    assert await flow.run("hello") == Odd(amount=3, on=date(2026, 12, 31))
+
+
+async def test_validators_that_raise_anything_refuse_the_answer_and_two_runs_keep_their_own_types() -> None:
+    @workflow("own-limit")
+    async def flow(ctx: Context, limit: int) -> int:
+        def under(value: int) -> int:
+            return value if value <= limit else {}["limit"]  # type: ignore[no-any-return]
+
+        return await human_task("input", schema=Annotated[int, AfterValidator(under)], data=limit)  # type: ignore[no-any-return, call-overload]
+
+    await flow.start(5)
+    await flow.start(10)
+    small, large = sorted(tasks.list(), key=lambda task: task.data)
+    with pytest.raises(UsageError, match="limit"):
+        tasks.answer(small.id, 7)
+    tasks.answer(large.id, 7)
+    tasks.answer(small.id, 4)
+    assert (await flow.run(5), await flow.run(10)) == (4, 7)
+
+
+class Exact(BaseModel):
+    model_config = ConfigDict(strict=True)
+    on: date
+    tags: set[str] = set()
+    who: str = Field("", alias="by-whom")
+
+
+async def test_strict_types_with_aliases_take_an_answer_as_json_and_as_an_instance() -> None:
+    flow = asking("strict", schema=Exact)
+    for draft, given in (
+        ("json", {"on": "2026-01-31", "tags": ["a"], "by-whom": "Ann"}),
+        ("instance", Exact.model_validate({"on": date(2026, 1, 31), "tags": {"a"}, "by-whom": "Ann"})),
+    ):
+        await flow.start(draft)
+        tasks.answer(only_task().id, given)
+        found = await flow.run(draft)
+        assert (found.on, found.tags, found.who) == (date(2026, 1, 31), {"a"}, "Ann")
+
+
+UNKNOWN_TYPE = """
+    from pydantic import BaseModel, field_validator
+
+    class Odd(BaseModel):
+        amount: int
+
+        @field_validator("amount")
+        @classmethod
+        def odd(cls, value):
+            if value % 2 == 0:
+                raise ValueError("must be odd")
+            return value
+
+    {decorator}("elsewhere")
+    {define} flow(ctx):
+        answer = {ask}("input", schema=Odd, data=1, assign_to="Ann"{options})
+        return answer if isinstance(answer, str) else answer.amount
+
+    run = {start}
+    print(run.status, run.output)
+"""
+ASYNC = {
+    "decorator": "@workflow",
+    "define": "async def",
+    "ask": "await human_task",
+    "start": "asyncio.run(flow.start())",
+}
+PLAIN = {
+    "decorator": "from agentflow import sync\n    @sync.workflow", "define": "def", "ask": "sync.human_task",
+    "start": "flow.start()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [ASYNC, PLAIN], ids=["async", "plain"])
+def test_answer_that_only_the_runs_own_process_can_refuse_reopens_the_task(tmp_path: Path, words: Any) -> None:
+    source = UNKNOWN_TYPE.format(**words, options="")
+    assert run_program(source, tmp_path).out == "waiting None\n"
+    task = only_task()
+    tasks.answer(task.id, {"amount": 2}, by="Bob", comment="sure")
+    for n in range(2):
+        ended = run_program(source, tmp_path)
+        assert ended.out == "waiting None\n"
+        warned = [line for line in ended.err.splitlines() if "must be odd" in line]
+        assert len(warned) == (n == 0) and all("Bob" in line and task.id in line for line in warned), ended.err
+    again = only_task()
+    assert (again.id, again.status, again.decision, again.deadline) == (task.id, "open", None, None)
+    (refused,) = again.extra["refused"]
+    assert (refused["by"], refused["comment"], refused["data"]) == ("Bob", "sure", {"amount": 2})
+    assert "must be odd" in refused["why"] and refused["at"] is not None
+    tasks.answer(task.id, {"amount": 3}, by="Ann")
+    for _ in range(2):
+        assert run_program(source, tmp_path).out == "completed 3\n"
+    assert [each["by"] for each in tasks.get(task.id).extra["refused"]] == ["Bob"]
+    assert tasks.list() == []
+
+
+def test_reopened_task_keeps_its_deadline(tmp_path: Path) -> None:
+    source = UNKNOWN_TYPE.format(**ASYNC, options=', timeout="70s", on_timeout="late"')
+    run_program(source, tmp_path)
+    task = only_task()
+    tasks.answer(task.id, {"amount": 2}, by="Bob")
+    later = source.replace("run = ", "settings.clock = lambda: time.time() + 100\n    run = ").replace(
+        "    from pydantic", "    import time\n    from agentflow.settings import settings\n    from pydantic", 1
+    )
+    assert run_program(later, tmp_path, name="later.py").out == "completed late\n"
+    found = tasks.get(task.id)
+    assert (found.status, found.deadline) == ("expired", task.deadline) and found.extra["refused"]
+
+
+async def test_reopened_task_is_told_to_the_notifier(again: Callable[[], None], said: Callable[[], str]) -> None:
+    flow = asking("told-again", schema=Odd)
+    await flow.start("hello")
+    heard: list[HumanTask] = []
+    agentflow.configure(notify=heard.append)
+    human._types.clear()  # as in another process
+    tasks.answer(only_task().id, {"amount": 2}, by="Bob")
+    again()
+    with pytest.raises(Waiting):
+        await flow.run("hello")
+    assert [task.id for task in heard] == [only_task().id] and said().count("must be odd") == 1
+
+
+async def test_recorded_answer_that_a_changed_validator_refuses_says_how_to_ask_again(
+    again: Callable[[], None],
+) -> None:
+    allowed = [1, 2]
+
+    def known(value: int) -> int:
+        if value not in allowed:
+            raise ValueError("not allowed")
+        return value
+
+    flow = asking("stricter", schema=Annotated[int, AfterValidator(known)])
+    await flow.start("hello")
+    tasks.answer(only_task().id, 2, by="Bob")
+    assert await flow.run("hello") == 2
+    allowed.remove(2)
+    again()
+    with pytest.raises(StepChanged, match=r"Bob.*not allowed.*rerun=\['approve'\]"):
+        await flow.run("hello")
+    assert (await flow.options(rerun=["approve"]).start("hello")).status == "waiting"
+    tasks.answer(only_task().id, 1)
+    assert await flow.run("hello") == 1
+
+
+class Wide(BaseModel):
+    day: date | None = None
+    at: datetime | None = None
+    hour: time | None = None
+    pause: timedelta | None = None
+    id: UUID | None = None
+    code: str = Field("A-1", pattern=r"^[A-Z]-\d+$")
+    ahead: str = Field("ab", pattern=r"^\w+$")
+    money: Decimal = Field(Decimal(5), ge=1)
+    share: float = Field(0.5, gt=0, lt=1)
+    dozen: int = Field(12, multiple_of=12)
+    kind: Literal["a", "b"] = "a"
+    one: Literal[1] = 1
+    either: int | date = 3
+    names: set[str] = Field({"a", "b"}, min_length=2)
+    days: dict[date, int] = {}
+    few: dict[str, int] = Field({}, max_length=1)
+
+
+@pytest.mark.parametrize(
+    "field, bad, good",
+    [
+        ("day", "2026-02-30", "2026-02-28"),
+        ("day", "tomorrow", None),
+        ("at", "2026-01-31 25:00", "2026-01-31T12:00:00"),
+        ("at", "noon", "2026-01-31"),
+        ("hour", "25:00", "12:30"),
+        ("pause", "an hour", "PT1H"),
+        ("id", "123", "6f1c2d52-8a3b-4d0c-9c3e-0a4a6f7e5b11"),
+        ("code", "a-1", "B-22"),
+        ("money", "much", "30.50"),
+        ("money", "0.5", "1e3"),
+        ("money", 0, 7),
+        ("share", 1, 0.25),
+        ("dozen", 13, 24),
+        ("kind", "c", "b"),
+        ("one", 2, 1),
+        ("either", "soon", "2026-01-31"),
+        ("names", ["a", "a"], ["a", "b"]),
+        ("days", {"monday": 1}, {"2026-01-31": 1}),
+        ("few", {"a": 1, "b": 2}, {"a": 1}),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False], ids=["type", "json-schema"])
+async def test_format_or_bound_is_checked_where_the_answer_is_given(
+    field: str, bad: Any, good: Any, known: bool
+) -> None:
+    flow = asking("wide", schema=Wide)
+    await flow.start("hello")
+    task = only_task()
+    if not known:
+        human._types.clear()  # as in another process
+    with pytest.raises(UsageError, match=field):
+        tasks.answer(task.id, {field: bad})
+    assert only_task().status == "open"
+    tasks.answer(task.id, {field: good})
+    assert await flow.run("hello") == Wide.model_validate({field: good})
+
+
+def test_json_schema_check_knows_patterns_of_both_engines_lists_of_kinds_and_recursion() -> None:
+    assert schema_.misfit("a1", {"type": "string", "pattern": r"^(?=.*\d)\w+$"}) is None
+    assert "match" in (schema_.misfit("ab", {"type": "string", "pattern": r"^(?=.*\d)\w+$"}) or "")
+    assert schema_.misfit("é", {"type": "string", "pattern": r"^\p{L}$"}) is None
+    assert schema_.misfit("x", {"type": "string", "pattern": "("}) is None
+    assert schema_.misfit("x\n", {"type": "string", "pattern": "^x$"}) is not None
+    assert schema_.misfit(True, {"const": 1}) is not None and schema_.misfit(1.0, {"const": 1}) is None
+    assert schema_.misfit(None, {"type": ["string", "null"]}) is None
+    assert schema_.misfit(1, {"type": ["string", "null"]}) == "answer=1 has to be text or nothing"
+    tree = {"$defs": {"T": {"type": "object", "properties": {"next": {"$ref": "#/$defs/T"}, "on": {"format": "date"}}}},
+            "$ref": "#/$defs/T"}  # fmt: skip
+    assert schema_.misfit({"next": {"on": "2026-01-31"}}, tree) is None
+    assert "answer.next.on" in (schema_.misfit({"next": {"on": "x"}}, tree) or "")
+    assert schema_.misfit("e@x", {"type": "string", "format": "email"}) is None
+    assert schema_.misfit("abc", {"anyOf": [{"type": "string"}, {"type": "null"}], "pattern": "^b"}) is not None
+
+
+@pytest.mark.parametrize(
+    "schema, shown",
+    [(Form, '\'{"amount": ...}\''), (Exact, '\'{"on": ...}\''), (int, "..."), (list[int], "'[...]'"),
+     (Wide, '\'{"day": ..., "at": ..., ')],
+)  # fmt: skip
+async def test_error_of_a_run_that_waits_for_a_form_names_the_command_that_takes_it(schema: Any, shown: str) -> None:
+    flow = asking("commands", schema=schema)
+    with pytest.raises(Waiting) as waits:
+        await flow.run("hello")
+    command = f"agentflow tasks answer {only_task().id} {shown}"
+    assert command in str(waits.value) and "approve t-" not in str(waits.value)
+    assert waits.value.waiting_on[0]["command"].startswith(command)
+    with pytest.raises(UsageError, match=r"agentflow tasks answer"):
+        tasks.approve(only_task().id)
 
 
 # -- deadlines -----------------------------------------------------------------------------------
