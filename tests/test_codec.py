@@ -822,3 +822,13 @@ def test_an_exception_that_holds_itself_is_recorded_in_bounded_space():
     exc.one = exc.two = exc
     assert len(json.dumps(encode_exception(exc))) < 1_000_000
     assert isinstance(rebuild_exception(encode_exception(exc), StepFailed, {}), ValueError)
+
+
+def test_a_time_that_pydantic_has_read_from_text_is_recorded() -> None:
+    class Seen(pydantic.BaseModel):
+        at: dt.datetime
+
+    seen = Seen.model_validate_json('{"at": "2026-11-22T10:00:00+02:00"}')
+    back = roundtrip(seen)[1]
+    assert back == seen and back.at.utcoffset() == dt.timedelta(hours=2)
+

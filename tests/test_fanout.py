@@ -177,8 +177,9 @@ def live_and_die(folder: Path, mode: str, plan: list[tuple[str, str]], count: in
     done = 0
     for number, (order, front) in enumerate(plan):
         last = number == len(plan) - 1
-        # Replayed steps are acknowledged again: the death comes after some new ones.
-        die_at = 0 if last else done + chance.randrange(10, (3 * count - done) // 2)
+        # Replayed steps are acknowledged again: the death comes after some new ones, if there are any left.
+        new = (3 * count - done) // 2
+        die_at = 0 if last else done + (chance.randrange(min(10, new), new + 1) if new > 0 else 0)
         run_program(file, folder, mode, str(count), str(die_at), order, front, expect_kill=not last)
         done = len({line.rpartition(" ")[0] for line in notes(folder) if line.startswith("ack")})
     check(folder, count)

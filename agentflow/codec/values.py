@@ -73,6 +73,11 @@ def write_zone(zone: tzinfo | None, at: Where) -> Any:
         key = getattr(zone, "key", None)
         if key is not None:
             return key
+    if type(zone).__name__ == "TzInfo" and type(zone).__module__.startswith("pydantic_core"):
+        # What pydantic reads from text: a fixed offset of its own class. It comes back as the library's one.
+        offset = zone.utcoffset(None)
+        if offset is not None:
+            return [offset.days, offset.seconds, offset.microseconds]
     refuse(at, zone, "use zoneinfo.ZoneInfo or datetime.timezone")
 
 
