@@ -13,6 +13,7 @@ import agentflow
 from agentflow import ledger, scratch
 from agentflow.journal import Journal
 from agentflow.settings import settings
+from tests import programs
 
 # A suite that is started in the background ignores Ctrl-C, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,6 +39,11 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     prices = dict(ledger._PRICES)
     monkeypatch.setenv("AGENTFLOW_PATH", str(path))
     yield path
+    while programs.running:
+        process = programs.running.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
     agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, quiet=False)
     settings.clock = None
     ledger._PRICES.clear()

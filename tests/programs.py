@@ -81,10 +81,14 @@ def run_program(
     return ended
 
 
+# Programs that were started and not waited for here; whatever a test leaves running is killed after it.
+running: list[subprocess.Popen[str]] = []
+
+
 def start_program(source: str | Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a program and return at once."""
     file = source if isinstance(source, Path) else write_program(source, folder)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(file), *args],
         cwd=folder,
         env=environment(folder, env),
@@ -92,6 +96,8 @@ def start_program(source: str | Path, folder: Path, *args: str, env: dict[str, s
         stderr=subprocess.PIPE,
         text=True,
     )
+    running.append(process)
+    return process
 
 
 def environment(folder: Path, env: dict[str, str] | None = None) -> dict[str, str]:

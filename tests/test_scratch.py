@@ -279,9 +279,9 @@ class Kernel:
     """A real IPython kernel; ``run`` executes a cell and gives what it printed."""
 
     def __init__(self, folder: Path) -> None:
-        client = pytest.importorskip("jupyter_client")
-        pytest.importorskip("ipykernel")
-        self.manager = client.KernelManager(kernel_name="python3")
+        import jupyter_client
+
+        self.manager = jupyter_client.KernelManager(kernel_name="python3")
         self.manager.kernel_spec.argv[0] = sys.executable
         env = environment(folder)
         self.manager.start_kernel(cwd=str(folder), env={**env, "IPYTHONDIR": str(folder / "ipython")})
