@@ -38,6 +38,9 @@ _NETWORK = {
     *("fuse.rclone", "fuse.s3fs", "fuse.sshfs", "fuse.sshfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("prl_fs", "smb3", "smbfs", "vboxsf", "vmhgfs"),
 }
+# Where a page of a file that was synced once can always be written again: on a copy-on-write file system that is
+# full, a write through a mapping would end the process instead of raising.
+_MAPPABLE = {"ext2", "ext3", "ext4", "xfs", "tmpfs"}
 _OWN = (SIBLING, ".gitignore", ".DS_Store", "started")
 
 
@@ -191,6 +194,16 @@ def check_place(folder: Path, mounts: str | None = None) -> None:
             f"{folder} is on a network file system ({kind}), where file locks cannot be relied on. Set "
             "AGENTFLOW_PATH to a directory on a local disk."
         )
+
+
+def can_map(folder: Path, mounts: str | None = None) -> bool:
+    """Whether files of this folder may be written through a memory mapping, a full disk included.
+
+    Args:
+        folder: an absolute path.
+        mounts: text like /proc/mounts; None reads the system's own where there is one.
+    """
+    return _mount_kind(str(folder), mounts) in _MAPPABLE
 
 
 def _synced(folder: Path) -> str | None:

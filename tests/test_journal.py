@@ -795,3 +795,27 @@ def test_the_default_place_is_the_project_of_the_script_then_of_the_directory(tm
     assert default_path() == tmp_path / "q" / ".agentflow"
     monkeypatch.setenv("AGENTFLOW_PATH", "~/x")
     assert default_path() == Path.home() / "x"
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["through memory", "with write()"])
+def test_the_lower_bound_of_commits_survives_a_killed_process(tmp_path, mapped):
+    folder = tmp_path / "journal"
+    program = f"""
+import os, signal
+from pathlib import Path
+from agentflow import layout
+layout.can_map = lambda folder: {mapped}
+from agentflow.journal import Add, Journal
+journal = Journal.open(Path({str(folder)!r}))
+assert (journal._counter is not None) is {mapped}
+for i in range(7):
+    journal.commit([Add(f"k{{i}}", "v")])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert layout.read_sibling(folder).commits == 7
+
+
+@pytest.mark.parametrize(("kind", "safe"), [("ext4", True), ("tmpfs", True), ("btrfs", False), ("zfs", False)])
+def test_files_are_mapped_only_where_a_full_disk_cannot_kill_the_process(kind, safe):
+    assert layout.can_map(Path("/data/journal"), f"dev / ext4 rw 0 0\ndev /data {kind} rw 0 0\n") is safe
