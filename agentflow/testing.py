@@ -12,7 +12,7 @@ from typing import Any
 from agentflow import schema
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
-from agentflow.providers.common import use_transport
+from agentflow.providers.common import asking, use_transport
 
 __all__ = ["FakeModel", "reply_body", "request_of"]
 
@@ -76,6 +76,7 @@ class FakeModel:
         import httpx2
 
         asked = request_of(request.url.path, json.loads(request.content))
+        asked["provider"] = asking.get() or asked["provider"]
         self.calls.append(asked)
         number = len(self.calls)
         if not callable(self.replies) and number > len(self.replies):

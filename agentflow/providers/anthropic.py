@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.errors import UsageError
@@ -10,6 +11,7 @@ from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
     Parts,
+    Server,
     client,
     count,
     post,
@@ -71,9 +73,16 @@ def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, An
     return {**body, "messages": [*body["messages"], *added]}
 
 
-async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+async def send(
+    body: dict[str, Any],
+    timeout: float | None,
+    *,
+    on_text: Callable[[str], Awaitable[None]] | None = None,
+    server: Server | None = None,
+) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes, more for a large ``max_tokens``."""
-    sdk = await client(NAME, make_client)
+    server = server or Server(NAME, make_client, "anthropic")
+    sdk = await client(server)
     # The SDK refuses a large max_tokens without a timeout of one's own, for it would take too long.
     allowed = timeout or max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
 
@@ -86,7 +95,7 @@ async def send(body: dict[str, Any], timeout: float | None) -> Raw:
             timeout=allowed,
         )
 
-    return await post(NAME, call, read, body, timeout)
+    return await post(server, call, lambda content: read(content, server.name), body, timeout)
 
 
 def make_client(transport: Any) -> Any:
@@ -111,7 +120,14 @@ def make_client(transport: Any) -> Any:
     return made
 
 
-def read(body: dict[str, Any]) -> Parts:
+def connect(*, url: str, key: str, http_client: Any, api_version: str = "") -> Any:
+    """A client for a compatible server."""
+    import anthropic
+
+    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, http_client=http_client)
+
+
+def read(body: dict[str, Any], name: str = NAME) -> Parts:
     """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
     blocks = [block for block in body.get("content") or [] if isinstance(block, dict)]
     text = "".join(str(block.get("text") or "") for block in blocks if block.get("type") == "text")
@@ -120,7 +136,7 @@ def read(body: dict[str, Any]) -> Parts:
     why = (body.get("stop_details") or {}).get("explanation")
     usage = body.get("usage")
     cached, written = count(usage, "cache_read_input_tokens"), count(usage, "cache_creation_input_tokens")
-    failure = reported_failure(NAME, body.get("error")) if body.get("type") == "error" else None
+    failure = reported_failure(name, body.get("error")) if body.get("type") == "error" else None
     return Parts(
         text=text,
         refusal=str(why or text or "no reason was given") if refused else None,

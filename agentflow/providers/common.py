@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -59,6 +60,22 @@ class Parts:
     standard_price: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a call goes: the name it is recorded under, and how to make an SDK client for it.
+
+    ``prices`` is the name its published prices are found under, ``""`` where none are. ``key`` is what
+    tells one client from another besides the environment of the provider's own SDK.
+    """
+
+    name: str
+    make: Callable[[Any], Any]
+    prices: str
+    key: Any = None
+
+
+asking: ContextVar[str | None] = ContextVar("asking", default=None)  # the provider a POST is made for
+
 _transport: Any = None
 
 
@@ -87,20 +104,20 @@ _clients = weakref.WeakKeyDictionary()
 _clients_lock = threading.Lock()
 
 
-async def client(name: str, make: Callable[[Any], Any]) -> Any:
-    """The SDK client of this event loop, made by ``make(transport)`` when there is none yet.
+async def client(server: Server) -> Any:
+    """The SDK client of this event loop, made by ``server.make(transport)`` when there is none yet.
 
     One client serves all calls of a loop as long as transport and environment stay the same. It is
     closed when the loop shuts its asynchronous generators down, as ``asyncio.run`` does.
     """
-    prefix = name.split("-")[0].upper() + "_"
+    prefix = server.name.split("-")[0].upper() + "_"
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefix)))
-    key = (name, _transport, environment)
+    key = (server.name, server.key, _transport, environment)
     loop = asyncio.get_running_loop()
     with _clients_lock:
         known = _clients.setdefault(loop, {})
     if key not in known:
-        made = make(_transport)
+        made = server.make(_transport)
         closer = _close_with_loop(known, key, made)
         known[key] = (made, closer)
         await anext(closer)
@@ -127,7 +144,7 @@ def digest(body: dict[str, Any]) -> str:
 
 
 async def post(
-    provider: str,
+    server: Server,
     call: Callable[[], Awaitable[Any]],
     read: Callable[[dict[str, Any]], Parts],
     body: dict[str, Any],
@@ -140,6 +157,8 @@ async def post(
     """
     import httpx2
 
+    provider = server.name
+    token = asking.set(provider)
     try:
         async with asyncio.timeout(timeout):
             answer = (await call()).http_response
@@ -154,6 +173,8 @@ async def post(
         if error is exc:
             raise
         raise error from exc
+    finally:
+        asking.reset(token)
     try:
         content = json.loads(answer.content)
     except ValueError:
@@ -164,7 +185,7 @@ async def post(
     cost: Decimal | None = None
     facts: dict[str, Any] = {}
     if parts and parts.standard_price and (usage.input_tokens or usage.output_tokens):
-        cost, facts = ledger.price(provider, model, usage, asked=body["model"])
+        cost, facts = ledger.price(server.prices, model, usage, asked=body["model"])
     return {
         "provider": provider,
         "status": answer.status_code,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.errors import UsageError
@@ -10,6 +11,7 @@ from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
     Parts,
+    Server,
     client,
     count,
     holds,
@@ -55,16 +57,23 @@ def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, An
     return {**body, "input": [*body["input"], *added]}
 
 
-async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+async def send(
+    body: dict[str, Any],
+    timeout: float | None,
+    *,
+    on_text: Callable[[str], Awaitable[None]] | None = None,
+    server: Server | None = None,
+) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
-    sdk = await client(NAME, make_client)
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
 
     async def call() -> Any:
         return await sdk.responses.with_raw_response.create(
             model=body["model"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
         )
 
-    return await post(NAME, call, read, body, timeout)
+    return await post(server, call, lambda content: read(content, server.name), body, timeout)
 
 
 def make_client(transport: Any) -> Any:
@@ -87,7 +96,19 @@ def make_client(transport: Any) -> Any:
         ) from exc
 
 
-def read(body: dict[str, Any]) -> Parts:
+def connect(*, url: str, key: str, http_client: Any, api_version: str = "") -> Any:
+    """A client for a compatible server; with ``api_version`` Azure's dated API instead of its v1."""
+    import openai
+
+    settings: dict[str, Any] = {"max_retries": 0, "api_key": key, "http_client": http_client}
+    if api_version:
+        return openai.AsyncAzureOpenAI(
+            azure_endpoint=url.removesuffix("/openai/v1"), api_version=api_version, **settings
+        )
+    return openai.AsyncOpenAI(base_url=url, **settings)
+
+
+def read(body: dict[str, Any], name: str = NAME) -> Parts:
     """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
     text, refusal = [], []
     items = [item for item in body.get("output") or [] if isinstance(item, dict)]
@@ -107,7 +128,7 @@ def read(body: dict[str, Any]) -> Parts:
         finish = {"max_output_tokens": "length"}.get(reason, reason) if status == "incomplete" else status
     failure = None
     if status in ("failed", "cancelled", "queued", "in_progress"):
-        failure = reported_failure(NAME, body.get("error") or {"code": status})
+        failure = reported_failure(name, body.get("error") or {"code": status})
     usage = body.get("usage")
     return Parts(
         text="".join(text),

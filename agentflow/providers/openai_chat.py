@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.models import Raw, Usage
@@ -9,6 +10,7 @@ from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
     Parts,
+    Server,
     client,
     count,
     effort,
@@ -17,10 +19,11 @@ from agentflow.providers.common import (
     refuse_foreign,
     reported_failure,
 )
-from agentflow.providers.openai import PRICED_TIERS, make_client
+from agentflow.providers.openai import PRICED_TIERS, connect, make_client
 
 NAME = "openai-chat"
 SURFACE = "chat"
+__all__ = ["NAME", "SURFACE", "body", "connect", "messages", "next_turn", "read", "send"]
 
 
 def body(ask: Ask) -> dict[str, Any]:
@@ -53,19 +56,26 @@ def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, An
     return {**body, "messages": [*body["messages"], *added]}
 
 
-async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+async def send(
+    body: dict[str, Any],
+    timeout: float | None,
+    *,
+    on_text: Callable[[str], Awaitable[None]] | None = None,
+    server: Server | None = None,
+) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
-    sdk = await client(NAME, make_client)
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
 
     async def call() -> Any:
         return await sdk.chat.completions.with_raw_response.create(
             model=body["model"], messages=body["messages"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
         )
 
-    return await post(NAME, call, read, body, timeout)
+    return await post(server, call, lambda content: read(content, server.name), body, timeout)
 
 
-def read(body: dict[str, Any]) -> Parts:
+def read(body: dict[str, Any], name: str = NAME) -> Parts:
     """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
     choices = body.get("choices") or []
     choice = choices[0] if choices and isinstance(choices[0], dict) else {}
@@ -75,7 +85,7 @@ def read(body: dict[str, Any]) -> Parts:
     usage = body.get("usage")
     failure = None
     if not choice:
-        failure = reported_failure(NAME, body.get("error") or {"message": "the reply holds no choices"})
+        failure = reported_failure(name, body.get("error") or {"message": "the reply holds no choices"})
     return Parts(
         text=str(message.get("content") or ""),
         refusal=str(refusal) if refusal else None,
@@ -87,7 +97,7 @@ def read(body: dict[str, Any]) -> Parts:
             reasoning_tokens=count(usage, "completion_tokens_details", "reasoning_tokens"),
         ),
         model=str(body.get("model") or ""),
-        items=[{name: value for name, value in message.items() if value is not None}] if message else [],
+        items=[{key: value for key, value in message.items() if value is not None}] if message else [],
         failure=failure,
         standard_price=body.get("service_tier") in PRICED_TIERS,
     )
