@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import orjson
 
 from agentflow import codedigest, generate, prompts
+from agentflow import files as files_in_records
 from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration
@@ -67,7 +68,7 @@ class _Recorder:
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
         ex = self._call.ex
         cost = None if raw["cost"] is None else Decimal(raw["cost"])
-        record = orjson.dumps({**raw, "request": body, "step": self._call.name}).decode()
+        record = orjson.dumps({**raw, "request": files_in_records.shortened(body), "step": self._call.name}).decode()
         await ex.journal.acommit([Add(f"{self._prefix}{self._count:04d}", record)], fence=ex.fence, paid=True)
         self._count += 1
         ex.paid(self._current, cost)
@@ -197,7 +198,9 @@ def generate_content(
             None: ``configure(model=)`` or ``AGENTFLOW_MODEL``.
         system: the system message. None: none.
         output_type: ``str``, a pydantic model, any type a TypeAdapter takes, ``Reply`` or ``Reply[T]``.
-        tools, files, background, batch, on_text: not built yet; using one is an error before anything is sent.
+        files: paths or bytes of images (png, jpeg, gif, webp), PDF and UTF-8 text, shown before the prompt. They
+            count by content: a renamed file is the same file, and its name is not sent.
+        tools, background, batch, on_text: not built yet; using one is an error before anything is sent.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it.
@@ -241,9 +244,10 @@ def generate_content(
         policy = None if _retrying(place.outer if place is not None else None) else _RETRY
     call = Call(ex, prepared.name, None, (), {}, Options(retry=policy) if policy else PLAIN, "ai")
     call.started = True
-    call.request = prepared.request
-    call.given = data_text(prepared.request)
-    call.digest = data_digest(prepared.request)
+    identity = prepared.identity
+    call.request = identity
+    call.given = data_text(identity)
+    call.digest = data_digest(identity)
     call.policy = "error" if ex.on_change == "error" and place is not None and place.outer is None else "auto"
 
     async def ask() -> Any:

@@ -17,12 +17,14 @@ from typing import Any, Protocol, get_args, get_origin
 from agentflow import providers, schema
 from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, InvalidReply, ModelError, Refused, Truncated, UsageError
+from agentflow.files import load as load_files
+from agentflow.files import shortened
 from agentflow.models import Reply, Usage
 from agentflow.prompts import Prompt
 from agentflow.providers.common import Ask, Parts, digest
 
 RETRY_ATTEMPTS = 3
-_LATER = ("tools", "files", "background", "batch", "on_text")
+_LATER = ("tools", "background", "batch", "on_text")
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class Call:
 
     Attributes:
         request: ``provider``, ``model``, ``body`` and for repeated draws ``sample``: canonical plain
-            JSON, recorded; its digest is the call's identity.
+            JSON; ``identity`` is its recorded form, whose digest tells one call from another.
         output_type: the type asked for, ``Reply`` and ``Reply[T]`` as they were written.
         reask: how many times a reply that does not validate is asked about again.
         timeout: seconds for one POST; None leaves it to the provider's file.
@@ -43,6 +45,12 @@ class Call:
     reask: int
     timeout: float | None
     name: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The request as it is recorded and told from others: files stand as the digest of their content."""
+        made: dict[str, Any] = shortened(self.request)
+        return made
 
 
 class Recorder(Protocol):
@@ -83,7 +91,7 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
-    given = {"tools": tools, "files": files, "background": background, "batch": batch, "on_text": on_text}
+    given = {"tools": tools, "background": background, "batch": batch, "on_text": on_text}
     for option in _LATER:
         if given[option] is not None and given[option] is not False and given[option] != () and given[option] != []:
             raise UsageError(f"generate_content({option}=...) is not supported yet. Nothing was sent.")
@@ -106,6 +114,7 @@ def prepare(
         prompt = prompt.text
     provider_name, model_name = providers.resolve(model)
     own_system, messages = _messages(prompt, data)
+    shown = load_files(files)
     provider = providers.get(provider_name)
     wanted = _wanted(output_type)
     body = provider.body(
@@ -117,6 +126,7 @@ def prepare(
             max_tokens=max_tokens,
             temperature=temperature,
             reasoning=reasoning,
+            files=shown,
         )
     )
     request: dict[str, Any] = {"provider": provider_name, "model": model_name, "body": _with_extra(body, extra or {})}

@@ -404,7 +404,7 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
     ("options", "says"),
     [
         ({"tools": [print]}, "tools=.*not supported yet"),
-        ({"files": ["a.pdf"]}, "files=.*not supported yet"),
+        ({"files": ["no-such.pdf"]}, "no such file"),
         ({"background": True}, "background=.*not supported yet"),
         ({"batch": True}, "batch=.*not supported yet"),
         ({"on_text": print}, "on_text=.*not supported yet"),

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.errors import UsageError
+from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
@@ -42,7 +43,7 @@ def body(ask: Ask) -> dict[str, Any]:
     made: dict[str, Any] = {
         "model": ask.model,
         "max_tokens": DEFAULT_MAX_TOKENS if ask.max_tokens is None else ask.max_tokens,
-        "messages": ask.messages,
+        "messages": attach(ask.messages, [_file(file) for file in ask.files], "text"),
     }
     if ask.system is not None:
         made["system"] = ask.system
@@ -56,6 +57,14 @@ def body(ask: Ask) -> dict[str, Any]:
     if config:
         made["output_config"] = config
     return made
+
+
+def _file(file: File) -> dict[str, Any]:
+    """https://platform.claude.com/docs/en/build-with-claude/vision and .../pdf-support"""
+    if file.kind == "text":
+        return {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": file.data}}
+    source = {"type": "base64", "media_type": file.media_type, "data": file.data}
+    return {"type": "document" if file.kind == "pdf" else "image", "source": source}
 
 
 def _own(message: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 from agentflow import ledger
 from agentflow.errors import ModelError, UsageError
+from agentflow.files import File
 from agentflow.models import Raw, Usage
 
 DEFAULT_TIMEOUT = 600.0
@@ -40,6 +41,7 @@ class Ask:
     max_tokens: int | None = None
     temperature: float | None = None
     reasoning: str | dict[str, Any] | None = None
+    files: tuple[File, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.errors import UsageError
+from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
@@ -28,7 +29,8 @@ PRICED_TIERS = (None, "auto", "default", "standard")
 def body(ask: Ask) -> dict[str, Any]:
     """The JSON body of one Responses call, exactly as it is sent."""
     refuse_foreign(NAME, ask.messages, _own)
-    made: dict[str, Any] = {"model": ask.model, "input": ask.messages}
+    asked = attach(ask.messages, [_file(file) for file in ask.files], "input_text")
+    made: dict[str, Any] = {"model": ask.model, "input": asked}
     if ask.system is not None:
         made["instructions"] = ask.system
     if ask.output is not None:
@@ -40,6 +42,15 @@ def body(ask: Ask) -> dict[str, Any]:
     if ask.reasoning is not None:
         made["reasoning"] = {"effort": ask.reasoning} if isinstance(ask.reasoning, str) else ask.reasoning
     return made
+
+
+def _file(file: File) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/images-vision, https://platform.openai.com/docs/guides/pdf-files"""
+    if file.kind == "image":
+        return {"type": "input_image", "image_url": file.url, "detail": "auto"}
+    if file.kind == "pdf":
+        return {"type": "input_file", "filename": file.name, "file_data": file.url}
+    return {"type": "input_text", "text": file.shown}
 
 
 def _own(message: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
@@ -30,7 +31,8 @@ def body(ask: Ask) -> dict[str, Any]:
     """The JSON body of one Chat Completions call, exactly as it is sent."""
     refuse_foreign(NAME, ask.messages, _own)
     system = [] if ask.system is None else [{"role": "system", "content": ask.system}]
-    made: dict[str, Any] = {"model": ask.model, "messages": [*system, *ask.messages]}
+    asked = attach(ask.messages, [_file(file) for file in ask.files], "text")
+    made: dict[str, Any] = {"model": ask.model, "messages": [*system, *asked]}
     if ask.output is not None:
         made["response_format"] = {"type": "json_schema", "json_schema": {**ask.output.named, "strict": True}}
     if ask.max_tokens is not None:
@@ -40,6 +42,15 @@ def body(ask: Ask) -> dict[str, Any]:
     if ask.reasoning is not None:
         made["reasoning_effort"] = effort(NAME, ask.reasoning)
     return made
+
+
+def _file(file: File) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/images-vision, https://platform.openai.com/docs/guides/pdf-files"""
+    if file.kind == "image":
+        return {"type": "image_url", "image_url": {"url": file.url}}
+    if file.kind == "pdf":
+        return {"type": "file", "file": {"filename": file.name, "file_data": file.url}}
+    return {"type": "text", "text": file.shown}
 
 
 def _own(message: dict[str, Any]) -> bool:
