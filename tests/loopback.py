@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from agentflow.models import Request
 from agentflow.providers.common import digest
-from agentflow.testing import reply_body, request_of
+from agentflow.testing import reply_body, request_of, sse
 
 
 def answer_to(text: str) -> str:
@@ -148,7 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault is None or "text" in fault:
             text = fault["text"] if fault else self._text(asked)
-            self._send(number, asked, 200, {}, reply_body(asked, text, number=number), None)
+            whole: Any = reply_body(asked, text, number=number)
+            head = {}
+            if body.get("stream"):
+                whole, head = sse(asked, whole), {"content-type": "text/event-stream"}
+            self._send(number, asked, 200, head, whole, None)
         else:
             self._send(
                 number, asked, fault["status"], fault.get("headers", {}), fault.get("body", {}), fault.get("cut")

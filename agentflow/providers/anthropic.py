@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.errors import UsageError
 from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    OnText,
     Parts,
     Server,
     client,
@@ -86,7 +87,7 @@ async def send(
     body: dict[str, Any],
     timeout: float | None,
     *,
-    on_text: Callable[[str], Awaitable[None]] | None = None,
+    on_text: OnText | None = None,
     server: Server | None = None,
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes, more for a large ``max_tokens``."""
@@ -95,16 +96,23 @@ async def send(
     # The SDK refuses a large max_tokens without a timeout of one's own, for it would take too long.
     allowed = timeout or max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
 
-    async def call() -> Any:
-        return await sdk.messages.with_raw_response.create(
+    whole = streams.Messages() if on_text is not None else None
+    sent = body if whole is None else {**body, "stream": True}
+    api = sdk.messages
+    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
+
+    def call() -> Any:
+        return create(
             model=body["model"],
             max_tokens=body["max_tokens"],
             messages=body["messages"],
-            extra_body=body,
+            extra_body=sent,
             timeout=allowed,
         )
 
-    return await post(server, call, lambda content: read(content, server.name), body, timeout)
+    return await post(
+        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    )
 
 
 def make_client(transport: Any) -> Any:

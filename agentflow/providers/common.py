@@ -22,8 +22,10 @@ from agentflow import ledger
 from agentflow.errors import ModelError, UsageError
 from agentflow.files import File
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 
 DEFAULT_TIMEOUT = 600.0
+OnText = Callable[[str], Awaitable[None]]
 _NEVER_RETRIED = {400, 401, 402, 403, 404, 413, 422}
 _RETRIED = {408, 409, 425, 429}
 _RETRIED_CODES = {"server_error", "rate_limit_exceeded", "overloaded_error", "api_error", "rate_limit_error", "timeout"}
@@ -147,12 +149,24 @@ def digest(body: dict[str, Any]) -> str:
 
 async def post(
     server: Server,
-    call: Callable[[], Awaitable[Any]],
+    call: Callable[[], Any],
     read: Callable[[dict[str, Any]], Parts],
     body: dict[str, Any],
     timeout: float | None,
+    *,
+    whole: streams.Whole | None = None,
+    on_text: OnText | None = None,
 ) -> Raw:
     """Makes one POST through the SDK and gives the reply as it is to be recorded.
+
+    Args:
+        server: whom to ask.
+        call: makes the POST: the SDK's raw response, or with ``whole`` its context manager of a stream.
+        read: the provider's ``read``.
+        body: what is asked, without what only says that it is streamed.
+        timeout: seconds for the POST and all of its answer.
+        whole: puts a streamed reply together.
+        on_text: given each piece of text as it arrives.
 
     Raises:
         ModelError: no answer came, or one with an error status.
@@ -163,24 +177,38 @@ async def post(
     token = asking.set(provider)
     try:
         async with asyncio.timeout(timeout):
-            answer = (await call()).http_response
+            if whole is None:
+                answer = (await call()).http_response
+            else:
+                opened: Any = call()
+                async with opened as response:
+                    answer = response.http_response
+                    await _listen(provider, answer, whole, on_text or _ignore)
     except TimeoutError as exc:
-        raise ModelError(
-            f"{provider}: no answer within {timeout:g} s (timeout=); the provider may have charged for it.",
-            code="timeout",
-            retryable=True,
+        raise _partly(
+            ModelError(
+                f"{provider}: no answer within {timeout or DEFAULT_TIMEOUT:g} s (timeout=); the provider may have "
+                "charged for it.",
+                code="timeout",
+                retryable=True,
+            ),
+            whole,
         ) from exc
     except Exception as exc:
-        error = _failed(provider, exc, httpx2)
+        error = _partly(_failed(provider, exc, httpx2), whole)
         if error is exc:
             raise
         raise error from exc
     finally:
         asking.reset(token)
-    try:
-        content = json.loads(answer.content)
-    except ValueError:
-        content = answer.text
+    content: Any
+    if whole is not None and whole.done:
+        content = whole.body()
+    else:
+        try:
+            content = json.loads(answer.content)
+        except ValueError:
+            content = answer.text
     parts = read(content) if isinstance(content, dict) else None
     usage = parts.usage if parts else Usage()
     model = (parts.model if parts else "") or body["model"]
@@ -192,7 +220,7 @@ async def post(
         "provider": provider,
         "status": answer.status_code,
         "body": content,
-        "request_id": answer.headers.get("x-request-id") or answer.headers.get("request-id"),
+        "request_id": _request_id(answer.headers),
         "usage": asdict(usage),
         "cost": None if cost is None else str(cost),
         "price": facts,
@@ -202,13 +230,67 @@ async def post(
     }
 
 
+async def _ignore(text: str) -> None:
+    pass
+
+
+async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnText) -> None:
+    """Reads a stream to the event that ends it; a server that does not stream is read as it answers."""
+    import httpx2
+
+    if "text/event-stream" not in answer.headers.get("content-type", ""):
+        await answer.aread()
+        return
+    events = streams.Events()
+    try:
+        async for chunk in answer.aiter_bytes():
+            for data in events.feed(chunk):
+                try:
+                    text = whole.take(data)
+                except (ValueError, TypeError, AttributeError) as exc:
+                    raise ModelError(
+                        f"{provider}: an event of the stream cannot be read: {data[:200]!r}",
+                        status=answer.status_code,
+                        code="broken_stream",
+                        retryable=True,
+                    ) from exc
+                if text:
+                    await on_text(text)
+                if whole.error is not None:
+                    raise reported_failure(provider, whole.error)
+                if whole.done:
+                    return
+        whole.finish()
+    except httpx2.HTTPError:
+        whole.finish()  # what was broken off after its last word is whole
+        if not whole.done:
+            raise
+    if not whole.done:
+        raise ModelError(
+            f"{provider}: the stream ended before the reply was complete.",
+            status=answer.status_code,
+            code="incomplete_stream",
+            retryable=True,
+            request_id=_request_id(answer.headers),
+        )
+
+
+def _partly(error: Any, whole: streams.Whole | None) -> Any:
+    """The error with what a broken stream had brought, for the record."""
+    if whole is not None and isinstance(error, ModelError):
+        error.__dict__["came"] = whole.body()
+    return error
+
+
 def _failed(provider: str, exc: Exception, httpx2: Any) -> Exception:
     """The SDK's exception as a ModelError. What is no answer and no broken connection stays what it is."""
+    if isinstance(exc, ModelError):
+        return exc
     response = getattr(exc, "response", None)
     if response is not None:
         body = getattr(exc, "body", None)
         return status_error(provider, response.status_code, response.headers, body, response.text)
-    cause = exc.__cause__
+    cause: Any = exc if isinstance(exc, httpx2.HTTPError) else exc.__cause__
     if not isinstance(cause, httpx2.HTTPError | OSError):
         # The SDKs call everything a connection error, a bug in a transport included.
         return cause if isinstance(cause, Exception) else exc
@@ -237,8 +319,13 @@ def status_error(provider: str, status: int, headers: Any, body: Any, text: str 
         code=code,
         retryable=retryable,
         retry_after=retry_after(headers),
-        request_id=headers.get("x-request-id") or headers.get("request-id"),
+        request_id=_request_id(headers),
     )
+
+
+def _request_id(headers: Any) -> str | None:
+    found: str | None = headers.get("x-request-id") or headers.get("request-id")
+    return found
 
 
 def reported_failure(provider: str, error: Any) -> ModelError:
@@ -246,7 +333,13 @@ def reported_failure(provider: str, error: Any) -> ModelError:
     error = error if isinstance(error, dict) else {}
     code = str(error.get("code") or error.get("type") or "failed")
     message = _KEY.sub("[key]", str(error.get("message") or "the provider reported a failure"))
-    return ModelError(f"{provider}: {code} {message}", status=200, code=code, retryable=code in _RETRIED_CODES)
+    names = {code, str(error.get("type"))}
+    # OpenRouter writes the status that the call would have had.
+    status = int(code) if code.isdecimal() and len(code) == 3 else 0
+    retryable = bool(names & _RETRIED_CODES) or status in _RETRIED or status >= 500
+    if "insufficient_quota" in names:
+        retryable = False
+    return ModelError(f"{provider}: {code} {message}", status=200, code=code, retryable=retryable)
 
 
 def retry_after(headers: Any) -> float | None:

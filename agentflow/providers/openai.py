@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.errors import UsageError
 from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    OnText,
     Parts,
     Server,
     client,
@@ -72,19 +73,24 @@ async def send(
     body: dict[str, Any],
     timeout: float | None,
     *,
-    on_text: Callable[[str], Awaitable[None]] | None = None,
+    on_text: OnText | None = None,
     server: Server | None = None,
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
     sdk = await client(server)
 
-    async def call() -> Any:
-        return await sdk.responses.with_raw_response.create(
-            model=body["model"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
-        )
+    whole = streams.Responses() if on_text is not None else None
+    sent = body if whole is None else {**body, "stream": True}
+    api = sdk.responses
+    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
 
-    return await post(server, call, lambda content: read(content, server.name), body, timeout)
+    def call() -> Any:
+        return create(model=body["model"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT)
+
+    return await post(
+        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    )
 
 
 def make_client(transport: Any) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    OnText,
     Parts,
     Server,
     client,
@@ -71,19 +72,26 @@ async def send(
     body: dict[str, Any],
     timeout: float | None,
     *,
-    on_text: Callable[[str], Awaitable[None]] | None = None,
+    on_text: OnText | None = None,
     server: Server | None = None,
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
     sdk = await client(server)
 
-    async def call() -> Any:
-        return await sdk.chat.completions.with_raw_response.create(
-            model=body["model"], messages=body["messages"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
+    whole = streams.Chat() if on_text is not None else None
+    sent = body if whole is None else {**body, "stream": True, "stream_options": {"include_usage": True}}
+    api = sdk.chat.completions
+    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
+
+    def call() -> Any:
+        return create(
+            model=body["model"], messages=body["messages"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT
         )
 
-    return await post(server, call, lambda content: read(content, server.name), body, timeout)
+    return await post(
+        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    )
 
 
 def read(body: dict[str, Any], name: str = NAME) -> Parts:

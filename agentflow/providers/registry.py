@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from agentflow.errors import UsageError
 from agentflow.models import Raw
-from agentflow.providers.common import Ask, Parts, Server, transport
+from agentflow.providers.common import Ask, OnText, Parts, Server, transport
 
 BUILT_IN = ("openai", "openai-chat", "anthropic")
 _APIS = ("chat", "responses", "messages")
@@ -197,7 +196,7 @@ class Compatible:
         body: dict[str, Any],
         timeout: float | None,
         *,
-        on_text: Callable[[str], Awaitable[None]] | None = None,
+        on_text: OnText | None = None,
     ) -> Raw:
         """One POST to the server, with its own key and no header meant for anyone else."""
         raw: Raw = await self._api.send(body, timeout, on_text=on_text, server=self._server())
