@@ -362,6 +362,7 @@ def _read(provider: Any, raw: dict[str, Any]) -> Parts:
             f"{raw['provider']}: status {raw['status']}, but no JSON object came: {str(raw['body'])[:200]!r}",
             status=raw["status"],
             code="not_json",
+            retryable=str(raw["body"]).lstrip().startswith("{"),  # JSON that was cut off; a page stays a page
             request_id=raw.get("request_id"),
         )
     parts: Parts = provider.read(raw["body"])
