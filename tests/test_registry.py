@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -39,13 +41,9 @@ class City(BaseModel):
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*_VARIABLES, *_AZURE):
         monkeypatch.delenv(name, raising=False)
-    before = dict(registry._entries)
-    yield
-    registry._entries.clear()
-    registry._entries.update(before)
 
 
 @pytest.fixture
@@ -373,3 +371,13 @@ async def test_an_entry_may_name_whose_prices_hold_or_be_priced_by_hand() -> Non
     with FakeModel(["Hello", "Hello"]):
         assert (await generate_content("Hi", model="mine:gpt-4o", output_type=Reply)).cost > Decimal(0)
         assert (await generate_content("Hi", model="mine:own-model", output_type=Reply)).cost > Decimal(0)
+
+
+def test_the_registry_is_there_without_an_import_of_its_own_and_imports_no_sdk() -> None:
+    code = (
+        "import agentflow, sys\n"
+        "agentflow.providers.register('mine', base_url='http://localhost:1/v1')\n"
+        "print([name for name in ('openai', 'anthropic', 'pydantic', 'httpx2') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
