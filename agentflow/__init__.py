@@ -17,7 +17,7 @@ from agentflow.errors import *  # noqa: F403
 from agentflow.errors import __all__ as _errors
 
 if TYPE_CHECKING:
-    from agentflow import errors, runs, tasks
+    from agentflow import errors, providers, runs, tasks  # noqa: F401
     from agentflow.aicall import generate_content
     from agentflow.calls import current_step
     from agentflow.codec import register_type
@@ -59,7 +59,7 @@ _HOME = {
     "step": "steps",
     "workflow": "flow",
 }
-_MODULES = ("errors", "runs", "tasks")
+_MODULES = ("errors", "providers", "runs", "tasks")
 _ALIASES = {"generateContent": "generate_content", "humanTask": "human_task"}
 
 __all__ = [

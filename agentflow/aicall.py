@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar, overload
 
 import orjson
 
 from agentflow import codedigest, generate, prompts
+from agentflow import files as files_in_records
+from agentflow.blocking import portal
 from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration
@@ -67,7 +70,7 @@ class _Recorder:
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
         ex = self._call.ex
         cost = None if raw["cost"] is None else Decimal(raw["cost"])
-        record = orjson.dumps({**raw, "request": body, "step": self._call.name}).decode()
+        record = orjson.dumps({**raw, "request": files_in_records.shortened(body), "step": self._call.name}).decode()
         await ex.journal.acommit([Add(f"{self._prefix}{self._count:04d}", record)], fence=ex.fence, paid=True)
         self._count += 1
         ex.paid(self._current, cost)
@@ -197,7 +200,9 @@ def generate_content(
             None: ``configure(model=)`` or ``AGENTFLOW_MODEL``.
         system: the system message. None: none.
         output_type: ``str``, a pydantic model, any type a TypeAdapter takes, ``Reply`` or ``Reply[T]``.
-        tools, files, background, batch, on_text: not built yet; using one is an error before anything is sent.
+        files: paths or bytes of images (png, jpeg, gif, webp), PDF and UTF-8 text, shown before the prompt. They
+            count by content: a renamed file is the same file, and its name is not sent.
+        tools, background, batch: not built yet; using one is an error before anything is sent.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it.
@@ -207,6 +212,9 @@ def generate_content(
         max_turns: for tools.
         reask: how often a reply that does not validate is asked about again.
         sample: a number that asks for a deliberate repeat of the same request.
+        on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
+            each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
+            asked. What it raises is raised once the reply is recorded.
         extra: more fields of the provider's request body.
 
     Raises:
@@ -239,14 +247,20 @@ def generate_content(
     policy = retry_of(retry)
     if policy is None:
         policy = None if _retrying(place.outer if place is not None else None) else _RETRY
-    call = Call(ex, prepared.name, None, (), {}, Options(retry=policy) if policy else PLAIN, "ai")
+    kind = Call if on_text is None else _Streamed
+    call = kind(ex, prepared.name, None, (), {}, Options(retry=policy) if policy else PLAIN, "ai")
     call.started = True
-    call.request = prepared.request
-    call.given = data_text(prepared.request)
-    call.digest = data_digest(prepared.request)
+    identity = prepared.identity
+    call.request = identity
+    call.given = data_text(identity)
+    call.digest = data_digest(identity)
     call.policy = "error" if ex.on_change == "error" and place is not None and place.outer is None else "auto"
 
+    live = False
+
     async def ask() -> Any:
+        nonlocal live
+        live = True
         at = here.get()
         assert at is not None and at.outer is not None
         current = at.outer
@@ -255,10 +269,45 @@ def generate_content(
         return final
 
     call.fn = ask
-    call.finish = lambda final: generate.finish(prepared, final)
+
+    def finish(final: Any) -> Any:
+        value = generate.finish(prepared, final)
+        if isinstance(call, _Streamed) and not live and not ex.plan and final["text"]:
+            call.tell(prepared.on_text, final["text"])
+        return value
+
+    call.finish = finish
     ex.locate(call, call.digest)
     call.started = False
     return call
+
+
+class _Streamed(Call):
+    """A call with ``on_text``: a replay hands it the whole text before the value is given out."""
+
+    __slots__ = ("_waiting",)
+    _waiting: list[Any]
+
+    def tell(self, on_text: Callable[[str], Any], text: str) -> None:
+        """Hands over a text, once; what has to be awaited is, before the call returns."""
+        waiting = on_text(text)
+        if not inspect.isawaitable(waiting):
+            return
+        if hasattr(self, "_waiting"):
+            self._waiting.append(waiting)
+        else:  # driven by plain code
+            portal.call(_await, waiting)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        self._waiting = []
+        value = yield from super().__await__()
+        for waiting in self._waiting:
+            yield from waiting.__await__()
+        return value
+
+
+async def _await(waiting: Any) -> None:
+    await waiting
 
 
 def _retrying(current: Current | None) -> bool:

@@ -8,6 +8,7 @@ looks at it, and asks again where a reply does not validate. ``finish`` makes th
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from typing import Any, Protocol, get_args, get_origin
 from agentflow import providers, schema
 from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, InvalidReply, ModelError, Refused, Truncated, UsageError
+from agentflow.files import load as load_files
+from agentflow.files import shortened
 from agentflow.models import Reply, Usage
 from agentflow.prompts import Prompt
 from agentflow.providers.common import Ask, Parts, digest
 
 RETRY_ATTEMPTS = 3
-_LATER = ("tools", "files", "background", "batch", "on_text")
+_LATER = ("tools", "background", "batch")
 
 
 @dataclass(slots=True)
@@ -31,11 +34,12 @@ class Call:
 
     Attributes:
         request: ``provider``, ``model``, ``body`` and for repeated draws ``sample``: canonical plain
-            JSON, recorded; its digest is the call's identity.
+            JSON; ``identity`` is its recorded form, whose digest tells one call from another.
         output_type: the type asked for, ``Reply`` and ``Reply[T]`` as they were written.
         reask: how many times a reply that does not validate is asked about again.
         timeout: seconds for one POST; None leaves it to the provider's file.
         name: the name of the step.
+        on_text: hears the answer as it is written; no part of what is asked.
     """
 
     request: dict[str, Any]
@@ -43,6 +47,13 @@ class Call:
     reask: int
     timeout: float | None
     name: str
+    on_text: Any = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The request as it is recorded and told from others: files stand as the digest of their content."""
+        made: dict[str, Any] = shortened(self.request)
+        return made
 
 
 class Recorder(Protocol):
@@ -83,10 +94,12 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
-    given = {"tools": tools, "files": files, "background": background, "batch": batch, "on_text": on_text}
+    given = {"tools": tools, "background": background, "batch": batch}
     for option in _LATER:
         if given[option] is not None and given[option] is not False and given[option] != () and given[option] != []:
             raise UsageError(f"generate_content({option}=...) is not supported yet. Nothing was sent.")
+    if on_text is not None and not callable(on_text):
+        raise UsageError(f"on_text={on_text!r}: a function of one text, sync or async.")
     _counts(max_tokens=max_tokens, reask=reask, sample=sample, max_turns=max_turns)
     if temperature is not None and (isinstance(temperature, bool) or not isinstance(temperature, int | float)):
         raise UsageError(f"temperature={temperature!r} is not a number.")
@@ -106,6 +119,7 @@ def prepare(
         prompt = prompt.text
     provider_name, model_name = providers.resolve(model)
     own_system, messages = _messages(prompt, data)
+    shown = load_files(files)
     provider = providers.get(provider_name)
     wanted = _wanted(output_type)
     body = provider.body(
@@ -117,6 +131,7 @@ def prepare(
             max_tokens=max_tokens,
             temperature=temperature,
             reasoning=reasoning,
+            files=shown,
         )
     )
     request: dict[str, Any] = {"provider": provider_name, "model": model_name, "body": _with_extra(body, extra or {})}
@@ -128,6 +143,7 @@ def prepare(
         reask=reask,
         timeout=limit,
         name=name or "generate_content",
+        on_text=on_text,
     )
 
 
@@ -151,17 +167,28 @@ async def converse(call: Call, recorder: Recorder) -> dict[str, Any]:
     usage, cost = Usage(), Decimal(0)
     known = True
     turn = 0
+    listener = _Listener(call.on_text) if call.on_text is not None else None
     while True:
         if turn < len(paid) and (turn == 0 or paid[turn].get("asked") == digest(body)):
             raw = paid[turn]
         else:
             paid = paid[:turn]
-            raw = await provider.send(body, call.timeout)
+            try:
+                raw = await (
+                    provider.send(body, call.timeout)
+                    if listener is None
+                    else provider.send(body, call.timeout, on_text=listener)
+                )
+            except ModelError as exc:
+                _keep_partial(call, provider, exc, added)
+                raise
             await recorder.save(raw, body=body)
         usage += Usage(**raw["usage"])
         known = known and raw["cost"] is not None
         cost += Decimal(raw["cost"] or 0)
         parts = _read(provider, raw)
+        if listener is not None:
+            await listener.end(parts.text)
         added = [*added, *parts.items]
         final = {
             "text": parts.text,
@@ -182,6 +209,56 @@ async def converse(call: Call, recorder: Recorder) -> dict[str, Any]:
         added = [*added, {"role": "user", "content": question}]
         body = provider.next_turn(call.request["body"], added)
         turn += 1
+
+
+class _Listener:
+    """Hands text to the user's function. What that raises waits until the reply is recorded."""
+
+    def __init__(self, on_text: Any) -> None:
+        self._on_text = on_text
+        self._error: Exception | None = None
+        self._heard = False
+
+    async def __call__(self, text: str) -> None:
+        self._heard = True
+        if self._error is not None:
+            return
+        try:
+            waiting = self._on_text(text)
+            if inspect.isawaitable(waiting):
+                await waiting
+        except Exception as exc:
+            self._error = exc
+
+    async def end(self, text: str) -> None:
+        """A turn is recorded: hands over what was not streamed, and raises what the function had raised."""
+        if not self._heard and text:
+            await self(text)
+        self._heard = False
+        if self._error is not None:
+            raise self._error
+
+
+def _keep_partial(call: Call, provider: Any, error: ModelError, added: list[dict[str, Any]]) -> None:
+    """What a broken stream had brought goes into the error as its ``reply``, and so into the record."""
+    came = error.__dict__.pop("came", None)
+    if came is None:
+        return
+    parts: Parts = provider.read(came)
+    if not parts.text:
+        return
+    error.reply = _reply(
+        call,
+        {
+            "text": parts.text,
+            "usage": {name: getattr(parts.usage, name) for name in Usage.__slots__},
+            "cost": None,
+            "model": parts.model or call.request["model"],
+            "finish_reason": "interrupted",
+            "added": added,
+        },
+        None,
+    )
 
 
 def finish(call: Call, final: dict[str, Any]) -> Any:
@@ -285,6 +362,7 @@ def _read(provider: Any, raw: dict[str, Any]) -> Parts:
             f"{raw['provider']}: status {raw['status']}, but no JSON object came: {str(raw['body'])[:200]!r}",
             status=raw["status"],
             code="not_json",
+            retryable=str(raw["body"]).lstrip().startswith("{"),  # JSON that was cut off; a page stays a page
             request_id=raw.get("request_id"),
         )
     parts: Parts = provider.read(raw["body"])

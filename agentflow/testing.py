@@ -12,9 +12,9 @@ from typing import Any
 from agentflow import schema
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
-from agentflow.providers.common import use_transport
+from agentflow.providers.common import asking, use_transport
 
-__all__ = ["FakeModel", "reply_body", "request_of"]
+__all__ = ["FakeModel", "reply_body", "request_of", "sse"]
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
@@ -76,6 +76,7 @@ class FakeModel:
         import httpx2
 
         asked = request_of(request.url.path, json.loads(request.content))
+        asked["provider"] = asking.get() or asked["provider"]
         self.calls.append(asked)
         number = len(self.calls)
         if not callable(self.replies) and number > len(self.replies):
@@ -94,7 +95,11 @@ class FakeModel:
         if isinstance(reply, ConnectionError):
             raise httpx2.ConnectError(str(reply) or "connection refused", request=request)
         status, headers, body = _response(asked, reply, number)
-        return httpx2.Response(status, headers={"x-request-id": f"req_fake_{number}", **headers}, json=body)
+        headers = {"x-request-id": f"req_fake_{number}", **headers}
+        if status == 200 and asked["body"].get("stream"):
+            text = sse(asked, body)
+            return httpx2.Response(status, headers={"content-type": "text/event-stream", **headers}, text=text)
+        return httpx2.Response(status, headers=headers, json=body)
 
     def _too_many(self, asked: Request) -> str:
         return (
@@ -135,6 +140,82 @@ def reply_body(
     make = {"responses": _responses, "chat": _chat}.get(asked["surface"], _anthropic)
     reason = _LENGTH[asked["surface"]] if finish == "length" else finish
     return make(asked["model"], text, reason, refusal, number, read, wrote)
+
+
+def sse(asked: Request, body: dict[str, Any]) -> str:
+    """A reply as the provider streams it: server-sent events, text in pieces of a few characters."""
+    events = {"responses": _responses_events, "chat": _chat_events}.get(asked["surface"], _anthropic_events)(body)
+    lines = []
+    for event in events:
+        if "type" in event:
+            lines.append(f"event: {event['type']}\n")
+        lines.append(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
+    return "".join(lines) + ("data: [DONE]\n\n" if asked["surface"] == "chat" else "")
+
+
+def _pieces(text: Any) -> list[str]:
+    text = str(text or "")
+    return [text[at : at + 5] for at in range(0, len(text), 5)]
+
+
+def _responses_events(body: dict[str, Any]) -> list[dict[str, Any]]:
+    started = {**body, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": started}]
+    for number, item in enumerate(body.get("output") or []):
+        place = {"output_index": number, "item_id": item.get("id")}
+        events.append({"type": "response.output_item.added", "output_index": number, "item": {**item, "content": []}})
+        for index, part in enumerate(item.get("content") or []):
+            where = {**place, "content_index": index}
+            word = "output_text" if part.get("type") == "output_text" else "refusal"
+            for piece in _pieces(part.get("text") or part.get("refusal")):
+                events.append({"type": f"response.{word}.delta", **where, "delta": piece})
+        events.append({"type": "response.output_item.done", "output_index": number, "item": item})
+    events.append({"type": f"response.{body.get('status') or 'completed'}", "response": body})
+    return [{**event, "sequence_number": number} for number, event in enumerate(events)]
+
+
+def _chat_events(body: dict[str, Any]) -> list[dict[str, Any]]:
+    head = {name: value for name, value in body.items() if name not in ("choices", "usage")}
+    head["object"] = "chat.completion.chunk"
+    events: list[dict[str, Any]] = []
+    for choice in body.get("choices") or []:
+        message = choice["message"]
+        rest = {name: value for name, value in message.items() if name != "content"}
+        if rest.get("tool_calls"):
+            rest["tool_calls"] = [{"index": number, **one} for number, one in enumerate(rest["tool_calls"])]
+        deltas = [{**rest, "content": None if message.get("content") is None else ""}]
+        deltas += [{"content": piece} for piece in _pieces(message.get("content"))]
+        for delta in deltas:
+            piece = {"index": choice["index"], "delta": delta, "finish_reason": None}
+            events.append({**head, "choices": [piece], "usage": None})
+        last = {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
+        events.append({**head, "choices": [last], "usage": None})
+    return [*events, {**head, "choices": [], "usage": body.get("usage")}]
+
+
+def _anthropic_events(body: dict[str, Any]) -> list[dict[str, Any]]:
+    usage = body.get("usage") or {}
+    started = {**body, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": started}, {"type": "ping"}]
+    for index, block in enumerate(body.get("content") or []):
+        empty = dict(block)
+        deltas: list[dict[str, Any]] = []
+        if block.get("type") == "text":
+            empty["text"] = ""
+            deltas = [{"type": "text_delta", "text": piece} for piece in _pieces(block["text"])]
+        elif block.get("type") == "tool_use":
+            empty["input"] = {}
+            deltas = [{"type": "input_json_delta", "partial_json": one} for one in _pieces(json.dumps(block["input"]))]
+        elif block.get("type") == "thinking":
+            empty.update(thinking="", signature="")
+            deltas = [{"type": "thinking_delta", "thinking": piece} for piece in _pieces(block["thinking"])]
+            deltas.append({"type": "signature_delta", "signature": block.get("signature") or ""})
+        events.append({"type": "content_block_start", "index": index, "content_block": empty})
+        events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+        events.append({"type": "content_block_stop", "index": index})
+    ended = {name: body[name] for name in ("stop_reason", "stop_sequence", "stop_details") if name in body}
+    events.append({"type": "message_delta", "delta": ended, "usage": {"output_tokens": usage.get("output_tokens")}})
+    return [*events, {"type": "message_stop"}]
 
 
 def _responses(

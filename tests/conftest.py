@@ -12,6 +12,7 @@ import pytest
 import agentflow
 from agentflow import ledger, scratch
 from agentflow.journal import Journal
+from agentflow.providers import registry
 from agentflow.settings import settings
 from tests import programs
 
@@ -37,6 +38,7 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "journal"
     prices = dict(ledger._PRICES)
+    entries = dict(registry._entries)
     monkeypatch.setenv("AGENTFLOW_PATH", str(path))
     yield path
     while programs.running:
@@ -49,6 +51,8 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     ledger._PRICES.clear()
     ledger._PRICES.update(prices)
     scratch._scopes.clear()
+    registry._entries.clear()
+    registry._entries.update(entries)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from agentflow.models import Request
 from agentflow.providers.common import digest
-from agentflow.testing import reply_body, request_of
+from agentflow.testing import reply_body, request_of, sse
 
 
 def answer_to(text: str) -> str:
@@ -42,7 +42,8 @@ class Loopback:
         latency: seconds before each answer; a query ``?latency=`` of a request wins.
         script: for the first requests, one entry each: None answers, ``"hang"`` never does, ``"reset"``
             breaks the connection, ``{"status", "headers", "body"}`` is sent as it is (``body`` may be
-            text, or a dict; ``cut`` sends only so many bytes of it), ``{"text": ...}`` is the answer.
+            text, or a dict; ``cut`` sends only so many bytes of it, and then closes the connection, with
+            ``"then": "reset"`` by a reset, with ``"then": "hang"`` never), ``{"text": ...}`` is the answer.
     """
 
     def __init__(
@@ -142,17 +143,28 @@ class _Handler(BaseHTTPRequestHandler):
             server.closing.wait()
             self.close_connection = True
         elif fault == "reset":
-            # Zero linger turns the close into a reset.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            self.close_connection = True
+            self._reset()
         elif fault is None or "text" in fault:
             text = fault["text"] if fault else self._text(asked)
-            self._send(number, asked, 200, {}, reply_body(asked, text, number=number), None)
+            whole: Any = reply_body(asked, text, number=number)
+            head = {}
+            if body.get("stream"):
+                whole, head = sse(asked, whole), {"content-type": "text/event-stream"}
+            self._send(number, asked, 200, head, whole, None)
         else:
             self._send(
                 number, asked, fault["status"], fault.get("headers", {}), fault.get("body", {}), fault.get("cut")
             )
+            if fault.get("then") == "hang":
+                server.closing.wait()
+            elif fault.get("then") == "reset":
+                self._reset()
+
+    def _reset(self) -> None:
+        # Zero linger turns the close into a reset.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
 
     def _text(self, asked: Request) -> str:
         """The answer; where JSON was asked for, an object with the answer in each text field."""

@@ -404,10 +404,10 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
     ("options", "says"),
     [
         ({"tools": [print]}, "tools=.*not supported yet"),
-        ({"files": ["a.pdf"]}, "files=.*not supported yet"),
+        ({"files": ["no-such.pdf"]}, "no such file"),
         ({"background": True}, "background=.*not supported yet"),
         ({"batch": True}, "batch=.*not supported yet"),
-        ({"on_text": print}, "on_text=.*not supported yet"),
+        ({"on_text": 3}, "on_text=3: a function"),
         ({"model": MODELS[2], "temperature": 0.5}, "temperature"),
         ({"temperature": "hot"}, "temperature='hot'"),
         ({"max_tokens": 0}, "max_tokens=0"),

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
     {"errors", "models", "workers"},
-    {"calls", "canonical", "codec.common", "durations", "ledger", "marks", "redact", "schema", "store", "typecheck"},
+    {"calls", "canonical", "codec.common", "durations", "files", "ledger", "marks", "providers.streams", "redact", "schema", "store", "typecheck"},
     {"bytecode", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
     {"codec.values", "codedigest", "create", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
-    {"codec.objects", "index", "lease", "providers"},
-    {"codec", "reuse", "rundocs"},
+    {"codec.objects", "index", "lease", "providers.registry"},
+    {"codec", "providers", "reuse", "rundocs"},
     {"generate", "settings"},
     {"run"},
     {"engine"},

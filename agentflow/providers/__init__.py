@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from typing import Any
 
 from agentflow.errors import UnknownModel, UsageError
+from agentflow.providers import registry
 from agentflow.providers.common import transport, use_transport
+from agentflow.providers.registry import known, register
 
-__all__ = ["KNOWN", "default_model", "get", "resolve", "set_default_model", "transport", "use_transport"]
+__all__ = ["default_model", "get", "known", "register", "resolve", "set_default_model", "transport", "use_transport"]
 
-KNOWN = ("openai", "openai-chat", "anthropic")
 _WELL_KNOWN = (
     (re.compile(r"(gpt-|chatgpt-|o[134](-|$)|codex-)"), "openai"),
     (re.compile(r"claude-"), "anthropic"),
@@ -60,22 +62,25 @@ def resolve(model: str | None) -> tuple[str, str]:
     if not isinstance(model, str):
         raise UsageError(f'model={model!r} is not text. Write model="openai:gpt-5-mini".')
     provider, colon, name = model.strip().partition(":")
-    if provider in KNOWN and name:
+    if provider in known() and name:
         return provider, name
     if provider == "ft" and name:  # fine-tuned models: ft:gpt-4o-mini:org::id
         return "openai", model.strip()
     if not colon:
-        for pattern, known in _WELL_KNOWN:
+        for pattern, owner in _WELL_KNOWN:
             if pattern.match(provider):
-                return known, provider
+                return owner, provider
+    near = difflib.get_close_matches(provider.lower(), known(), n=1, cutoff=0.7) if colon else []
+    hint = f' Did you mean "{near[0]}:{name}"?' if near and name else ""
     raise UnknownModel(
-        f"model={model!r}: no provider here knows it. Known providers: {', '.join(KNOWN)}; "
-        'write "provider:name", such as "openai:gpt-5-mini". Nothing was sent.'
+        f"model={model!r}: no provider here knows it.{hint} Known providers: {', '.join(known())}; "
+        'write "provider:name", such as "openai:gpt-5-mini"; agentflow.providers.register adds others. '
+        "Nothing was sent."
     )
 
 
 def get(provider: str) -> Any:
-    """The module of a provider, with ``body``, ``send``, ``read``, ``messages`` and ``next_turn``."""
+    """A provider's module or a registered server: ``body``, ``send``, ``read``, ``messages``, ``next_turn``."""
     if provider == "openai":
         from agentflow.providers import openai
 
@@ -88,4 +93,7 @@ def get(provider: str) -> Any:
         from agentflow.providers import anthropic
 
         return anthropic
-    raise UnknownModel(f"No provider is called {provider!r}. Known: {', '.join(KNOWN)}.")
+    found = registry.find(provider)
+    if found is not None:
+        return found
+    raise UnknownModel(f"No provider is called {provider!r}. Known: {', '.join(known())}.")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from agentflow.errors import UsageError
+from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    OnText,
     Parts,
+    Server,
     client,
     count,
     post,
@@ -40,7 +44,7 @@ def body(ask: Ask) -> dict[str, Any]:
     made: dict[str, Any] = {
         "model": ask.model,
         "max_tokens": DEFAULT_MAX_TOKENS if ask.max_tokens is None else ask.max_tokens,
-        "messages": ask.messages,
+        "messages": attach(ask.messages, [_file(file) for file in ask.files], "text"),
     }
     if ask.system is not None:
         made["system"] = ask.system
@@ -54,6 +58,14 @@ def body(ask: Ask) -> dict[str, Any]:
     if config:
         made["output_config"] = config
     return made
+
+
+def _file(file: File) -> dict[str, Any]:
+    """https://platform.claude.com/docs/en/build-with-claude/vision and .../pdf-support"""
+    if file.kind == "text":
+        return {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": file.data}}
+    source = {"type": "base64", "media_type": file.media_type, "data": file.data}
+    return {"type": "document" if file.kind == "pdf" else "image", "source": source}
 
 
 def _own(message: dict[str, Any]) -> bool:
@@ -71,22 +83,36 @@ def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, An
     return {**body, "messages": [*body["messages"], *added]}
 
 
-async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+async def send(
+    body: dict[str, Any],
+    timeout: float | None,
+    *,
+    on_text: OnText | None = None,
+    server: Server | None = None,
+) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes, more for a large ``max_tokens``."""
-    sdk = await client(NAME, make_client)
+    server = server or Server(NAME, make_client, "anthropic")
+    sdk = await client(server)
     # The SDK refuses a large max_tokens without a timeout of one's own, for it would take too long.
     allowed = timeout or max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
 
-    async def call() -> Any:
-        return await sdk.messages.with_raw_response.create(
+    whole = streams.Messages() if on_text is not None else None
+    sent = body if whole is None else {**body, "stream": True}
+    api = sdk.messages
+    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
+
+    def call() -> Any:
+        return create(
             model=body["model"],
             max_tokens=body["max_tokens"],
             messages=body["messages"],
-            extra_body=body,
+            extra_body=sent,
             timeout=allowed,
         )
 
-    return await post(NAME, call, read, body, timeout)
+    return await post(
+        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    )
 
 
 def make_client(transport: Any) -> Any:
@@ -111,7 +137,14 @@ def make_client(transport: Any) -> Any:
     return made
 
 
-def read(body: dict[str, Any]) -> Parts:
+def connect(*, url: str, key: str, http_client: Any, api_version: str = "") -> Any:
+    """A client for a compatible server."""
+    import anthropic
+
+    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, http_client=http_client)
+
+
+def read(body: dict[str, Any], name: str = NAME) -> Parts:
     """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
     blocks = [block for block in body.get("content") or [] if isinstance(block, dict)]
     text = "".join(str(block.get("text") or "") for block in blocks if block.get("type") == "text")
@@ -120,7 +153,7 @@ def read(body: dict[str, Any]) -> Parts:
     why = (body.get("stop_details") or {}).get("explanation")
     usage = body.get("usage")
     cached, written = count(usage, "cache_read_input_tokens"), count(usage, "cache_creation_input_tokens")
-    failure = reported_failure(NAME, body.get("error")) if body.get("type") == "error" else None
+    failure = reported_failure(name, body.get("error")) if body.get("type") == "error" else None
     return Parts(
         text=text,
         refusal=str(why or text or "no reason was given") if refused else None,

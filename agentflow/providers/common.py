@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -19,9 +20,12 @@ from typing import Any
 
 from agentflow import ledger
 from agentflow.errors import ModelError, UsageError
+from agentflow.files import File
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 
 DEFAULT_TIMEOUT = 600.0
+OnText = Callable[[str], Awaitable[None]]
 _NEVER_RETRIED = {400, 401, 402, 403, 404, 413, 422}
 _RETRIED = {408, 409, 425, 429}
 _RETRIED_CODES = {"server_error", "rate_limit_exceeded", "overloaded_error", "api_error", "rate_limit_error", "timeout"}
@@ -39,6 +43,7 @@ class Ask:
     max_tokens: int | None = None
     temperature: float | None = None
     reasoning: str | dict[str, Any] | None = None
+    files: tuple[File, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,22 @@ class Parts:
     failure: ModelError | None = None
     standard_price: bool = True
 
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a call goes: the name it is recorded under, and how to make an SDK client for it.
+
+    ``prices`` is the name its published prices are found under, ``""`` where none are. ``key`` is what
+    tells one client from another besides the environment of the provider's own SDK.
+    """
+
+    name: str
+    make: Callable[[Any], Any]
+    prices: str
+    key: Any = None
+
+
+asking: ContextVar[str | None] = ContextVar("asking", default=None)  # the provider a POST is made for
 
 _transport: Any = None
 
@@ -87,20 +108,20 @@ _clients = weakref.WeakKeyDictionary()
 _clients_lock = threading.Lock()
 
 
-async def client(name: str, make: Callable[[Any], Any]) -> Any:
-    """The SDK client of this event loop, made by ``make(transport)`` when there is none yet.
+async def client(server: Server) -> Any:
+    """The SDK client of this event loop, made by ``server.make(transport)`` when there is none yet.
 
     One client serves all calls of a loop as long as transport and environment stay the same. It is
     closed when the loop shuts its asynchronous generators down, as ``asyncio.run`` does.
     """
-    prefix = name.split("-")[0].upper() + "_"
+    prefix = server.name.split("-")[0].upper() + "_"
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefix)))
-    key = (name, _transport, environment)
+    key = (server.name, server.key, _transport, environment)
     loop = asyncio.get_running_loop()
     with _clients_lock:
         known = _clients.setdefault(loop, {})
     if key not in known:
-        made = make(_transport)
+        made = server.make(_transport)
         closer = _close_with_loop(known, key, made)
         known[key] = (made, closer)
         await anext(closer)
@@ -127,49 +148,79 @@ def digest(body: dict[str, Any]) -> str:
 
 
 async def post(
-    provider: str,
-    call: Callable[[], Awaitable[Any]],
+    server: Server,
+    call: Callable[[], Any],
     read: Callable[[dict[str, Any]], Parts],
     body: dict[str, Any],
     timeout: float | None,
+    *,
+    whole: streams.Whole | None = None,
+    on_text: OnText | None = None,
 ) -> Raw:
     """Makes one POST through the SDK and gives the reply as it is to be recorded.
+
+    Args:
+        server: whom to ask.
+        call: makes the POST: the SDK's raw response, or with ``whole`` its context manager of a stream.
+        read: the provider's ``read``.
+        body: what is asked, without what only says that it is streamed.
+        timeout: seconds for the POST and all of its answer.
+        whole: puts a streamed reply together.
+        on_text: given each piece of text as it arrives.
 
     Raises:
         ModelError: no answer came, or one with an error status.
     """
     import httpx2
 
+    provider = server.name
+    token = asking.set(provider)
     try:
         async with asyncio.timeout(timeout):
-            answer = (await call()).http_response
+            if whole is None:
+                answer = (await call()).http_response
+            else:
+                opened: Any = call()
+                async with opened as response:
+                    answer = response.http_response
+                    await _listen(provider, answer, whole, on_text or _ignore)
     except TimeoutError as exc:
-        raise ModelError(
-            f"{provider}: no answer within {timeout:g} s (timeout=); the provider may have charged for it.",
-            code="timeout",
-            retryable=True,
+        raise _partly(
+            ModelError(
+                f"{provider}: no answer within {timeout or DEFAULT_TIMEOUT:g} s (timeout=); the provider may have "
+                "charged for it.",
+                code="timeout",
+                retryable=True,
+            ),
+            whole,
         ) from exc
     except Exception as exc:
-        error = _failed(provider, exc, httpx2)
+        error = _partly(_failed(provider, exc, httpx2), whole)
         if error is exc:
             raise
         raise error from exc
-    try:
-        content = json.loads(answer.content)
-    except ValueError:
-        content = answer.text
+    finally:
+        asking.reset(token)
+    content: Any
+    if whole is not None and whole.done:
+        content = whole.body()
+    else:
+        try:
+            content = json.loads(answer.content)
+        except ValueError:
+            content = answer.text
     parts = read(content) if isinstance(content, dict) else None
     usage = parts.usage if parts else Usage()
     model = (parts.model if parts else "") or body["model"]
     cost: Decimal | None = None
     facts: dict[str, Any] = {}
     if parts and parts.standard_price and (usage.input_tokens or usage.output_tokens):
-        cost, facts = ledger.price(provider, model, usage, asked=body["model"])
+        cost, facts = ledger.price(server.prices, model, usage, asked=body["model"])
     return {
         "provider": provider,
         "status": answer.status_code,
         "body": content,
-        "request_id": answer.headers.get("x-request-id") or answer.headers.get("request-id"),
+        "request_id": _request_id(answer.headers),
         "usage": asdict(usage),
         "cost": None if cost is None else str(cost),
         "price": facts,
@@ -179,13 +230,67 @@ async def post(
     }
 
 
+async def _ignore(text: str) -> None:
+    pass
+
+
+async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnText) -> None:
+    """Reads a stream to the event that ends it; a server that does not stream is read as it answers."""
+    import httpx2
+
+    if "text/event-stream" not in answer.headers.get("content-type", ""):
+        await answer.aread()
+        return
+    events = streams.Events()
+    try:
+        async for chunk in answer.aiter_bytes():
+            for data in events.feed(chunk):
+                try:
+                    text = whole.take(data)
+                except (ValueError, TypeError, AttributeError) as exc:
+                    raise ModelError(
+                        f"{provider}: an event of the stream cannot be read: {data[:200]!r}",
+                        status=answer.status_code,
+                        code="broken_stream",
+                        retryable=True,
+                    ) from exc
+                if text:
+                    await on_text(text)
+                if whole.error is not None:
+                    raise reported_failure(provider, whole.error)
+                if whole.done:
+                    return
+        whole.finish()
+    except httpx2.HTTPError:
+        whole.finish()  # what was broken off after its last word is whole
+        if not whole.done:
+            raise
+    if not whole.done:
+        raise ModelError(
+            f"{provider}: the stream ended before the reply was complete.",
+            status=answer.status_code,
+            code="incomplete_stream",
+            retryable=True,
+            request_id=_request_id(answer.headers),
+        )
+
+
+def _partly(error: Any, whole: streams.Whole | None) -> Any:
+    """The error with what a broken stream had brought, for the record."""
+    if whole is not None and isinstance(error, ModelError):
+        error.__dict__["came"] = whole.body()
+    return error
+
+
 def _failed(provider: str, exc: Exception, httpx2: Any) -> Exception:
     """The SDK's exception as a ModelError. What is no answer and no broken connection stays what it is."""
+    if isinstance(exc, ModelError):
+        return exc
     response = getattr(exc, "response", None)
     if response is not None:
         body = getattr(exc, "body", None)
         return status_error(provider, response.status_code, response.headers, body, response.text)
-    cause = exc.__cause__
+    cause: Any = exc if isinstance(exc, httpx2.HTTPError) else exc.__cause__
     if not isinstance(cause, httpx2.HTTPError | OSError):
         # The SDKs call everything a connection error, a bug in a transport included.
         return cause if isinstance(cause, Exception) else exc
@@ -214,8 +319,13 @@ def status_error(provider: str, status: int, headers: Any, body: Any, text: str 
         code=code,
         retryable=retryable,
         retry_after=retry_after(headers),
-        request_id=headers.get("x-request-id") or headers.get("request-id"),
+        request_id=_request_id(headers),
     )
+
+
+def _request_id(headers: Any) -> str | None:
+    found: str | None = headers.get("x-request-id") or headers.get("request-id")
+    return found
 
 
 def reported_failure(provider: str, error: Any) -> ModelError:
@@ -223,7 +333,13 @@ def reported_failure(provider: str, error: Any) -> ModelError:
     error = error if isinstance(error, dict) else {}
     code = str(error.get("code") or error.get("type") or "failed")
     message = _KEY.sub("[key]", str(error.get("message") or "the provider reported a failure"))
-    return ModelError(f"{provider}: {code} {message}", status=200, code=code, retryable=code in _RETRIED_CODES)
+    names = {code, str(error.get("type"))}
+    # OpenRouter writes the status that the call would have had.
+    status = int(code) if code.isdecimal() and len(code) == 3 else 0
+    retryable = bool(names & _RETRIED_CODES) or status in _RETRIED or status >= 500
+    if "insufficient_quota" in names:
+        retryable = False
+    return ModelError(f"{provider}: {code} {message}", status=200, code=code, retryable=retryable)
 
 
 def retry_after(headers: Any) -> float | None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from agentflow.errors import UsageError
+from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    OnText,
     Parts,
+    Server,
     client,
     count,
     holds,
@@ -26,7 +30,8 @@ PRICED_TIERS = (None, "auto", "default", "standard")
 def body(ask: Ask) -> dict[str, Any]:
     """The JSON body of one Responses call, exactly as it is sent."""
     refuse_foreign(NAME, ask.messages, _own)
-    made: dict[str, Any] = {"model": ask.model, "input": ask.messages}
+    asked = attach(ask.messages, [_file(file) for file in ask.files], "input_text")
+    made: dict[str, Any] = {"model": ask.model, "input": asked}
     if ask.system is not None:
         made["instructions"] = ask.system
     if ask.output is not None:
@@ -38,6 +43,15 @@ def body(ask: Ask) -> dict[str, Any]:
     if ask.reasoning is not None:
         made["reasoning"] = {"effort": ask.reasoning} if isinstance(ask.reasoning, str) else ask.reasoning
     return made
+
+
+def _file(file: File) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/images-vision, https://platform.openai.com/docs/guides/pdf-files"""
+    if file.kind == "image":
+        return {"type": "input_image", "image_url": file.url, "detail": "auto"}
+    if file.kind == "pdf":
+        return {"type": "input_file", "filename": file.name, "file_data": file.url}
+    return {"type": "input_text", "text": file.shown}
 
 
 def _own(message: dict[str, Any]) -> bool:
@@ -55,16 +69,28 @@ def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, An
     return {**body, "input": [*body["input"], *added]}
 
 
-async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+async def send(
+    body: dict[str, Any],
+    timeout: float | None,
+    *,
+    on_text: OnText | None = None,
+    server: Server | None = None,
+) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
-    sdk = await client(NAME, make_client)
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
 
-    async def call() -> Any:
-        return await sdk.responses.with_raw_response.create(
-            model=body["model"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
-        )
+    whole = streams.Responses() if on_text is not None else None
+    sent = body if whole is None else {**body, "stream": True}
+    api = sdk.responses
+    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
 
-    return await post(NAME, call, read, body, timeout)
+    def call() -> Any:
+        return create(model=body["model"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT)
+
+    return await post(
+        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    )
 
 
 def make_client(transport: Any) -> Any:
@@ -87,7 +113,19 @@ def make_client(transport: Any) -> Any:
         ) from exc
 
 
-def read(body: dict[str, Any]) -> Parts:
+def connect(*, url: str, key: str, http_client: Any, api_version: str = "") -> Any:
+    """A client for a compatible server; with ``api_version`` Azure's dated API instead of its v1."""
+    import openai
+
+    settings: dict[str, Any] = {"max_retries": 0, "api_key": key, "http_client": http_client}
+    if api_version:
+        return openai.AsyncAzureOpenAI(
+            azure_endpoint=url.removesuffix("/openai/v1"), api_version=api_version, **settings
+        )
+    return openai.AsyncOpenAI(base_url=url, **settings)
+
+
+def read(body: dict[str, Any], name: str = NAME) -> Parts:
     """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
     text, refusal = [], []
     items = [item for item in body.get("output") or [] if isinstance(item, dict)]
@@ -107,7 +145,7 @@ def read(body: dict[str, Any]) -> Parts:
         finish = {"max_output_tokens": "length"}.get(reason, reason) if status == "incomplete" else status
     failure = None
     if status in ("failed", "cancelled", "queued", "in_progress"):
-        failure = reported_failure(NAME, body.get("error") or {"code": status})
+        failure = reported_failure(name, body.get("error") or {"code": status})
     usage = body.get("usage")
     return Parts(
         text="".join(text),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
+from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    OnText,
     Parts,
+    Server,
     client,
     count,
     effort,
@@ -17,17 +21,19 @@ from agentflow.providers.common import (
     refuse_foreign,
     reported_failure,
 )
-from agentflow.providers.openai import PRICED_TIERS, make_client
+from agentflow.providers.openai import PRICED_TIERS, connect, make_client
 
 NAME = "openai-chat"
 SURFACE = "chat"
+__all__ = ["NAME", "SURFACE", "body", "connect", "messages", "next_turn", "read", "send"]
 
 
 def body(ask: Ask) -> dict[str, Any]:
     """The JSON body of one Chat Completions call, exactly as it is sent."""
     refuse_foreign(NAME, ask.messages, _own)
     system = [] if ask.system is None else [{"role": "system", "content": ask.system}]
-    made: dict[str, Any] = {"model": ask.model, "messages": [*system, *ask.messages]}
+    asked = attach(ask.messages, [_file(file) for file in ask.files], "text")
+    made: dict[str, Any] = {"model": ask.model, "messages": [*system, *asked]}
     if ask.output is not None:
         made["response_format"] = {"type": "json_schema", "json_schema": {**ask.output.named, "strict": True}}
     if ask.max_tokens is not None:
@@ -37,6 +43,15 @@ def body(ask: Ask) -> dict[str, Any]:
     if ask.reasoning is not None:
         made["reasoning_effort"] = effort(NAME, ask.reasoning)
     return made
+
+
+def _file(file: File) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/images-vision, https://platform.openai.com/docs/guides/pdf-files"""
+    if file.kind == "image":
+        return {"type": "image_url", "image_url": {"url": file.url}}
+    if file.kind == "pdf":
+        return {"type": "file", "file": {"filename": file.name, "file_data": file.url}}
+    return {"type": "text", "text": file.shown}
 
 
 def _own(message: dict[str, Any]) -> bool:
@@ -53,19 +68,33 @@ def next_turn(body: dict[str, Any], added: list[dict[str, Any]]) -> dict[str, An
     return {**body, "messages": [*body["messages"], *added]}
 
 
-async def send(body: dict[str, Any], timeout: float | None) -> Raw:
+async def send(
+    body: dict[str, Any],
+    timeout: float | None,
+    *,
+    on_text: OnText | None = None,
+    server: Server | None = None,
+) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
-    sdk = await client(NAME, make_client)
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
 
-    async def call() -> Any:
-        return await sdk.chat.completions.with_raw_response.create(
-            model=body["model"], messages=body["messages"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
+    whole = streams.Chat() if on_text is not None else None
+    sent = body if whole is None else {**body, "stream": True, "stream_options": {"include_usage": True}}
+    api = sdk.chat.completions
+    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
+
+    def call() -> Any:
+        return create(
+            model=body["model"], messages=body["messages"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT
         )
 
-    return await post(NAME, call, read, body, timeout)
+    return await post(
+        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    )
 
 
-def read(body: dict[str, Any]) -> Parts:
+def read(body: dict[str, Any], name: str = NAME) -> Parts:
     """The parts of a reply. Older and newer shapes are read alike; nothing is validated."""
     choices = body.get("choices") or []
     choice = choices[0] if choices and isinstance(choices[0], dict) else {}
@@ -75,7 +104,7 @@ def read(body: dict[str, Any]) -> Parts:
     usage = body.get("usage")
     failure = None
     if not choice:
-        failure = reported_failure(NAME, body.get("error") or {"message": "the reply holds no choices"})
+        failure = reported_failure(name, body.get("error") or {"message": "the reply holds no choices"})
     return Parts(
         text=str(message.get("content") or ""),
         refusal=str(refusal) if refusal else None,
@@ -87,7 +116,7 @@ def read(body: dict[str, Any]) -> Parts:
             reasoning_tokens=count(usage, "completion_tokens_details", "reasoning_tokens"),
         ),
         model=str(body.get("model") or ""),
-        items=[{name: value for name, value in message.items() if value is not None}] if message else [],
+        items=[{key: value for key, value in message.items() if value is not None}] if message else [],
         failure=failure,
         standard_price=body.get("service_tier") in PRICED_TIERS,
     )
