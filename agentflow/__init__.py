@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agentflow.calls import current_step
     from agentflow.codec import register_type
     from agentflow.context import Context
+    from agentflow.embeddings import embed
     from agentflow.flow import Workflow, workflow
     from agentflow.handles import Plan, Run
     from agentflow.humantask import human_task
@@ -49,6 +50,7 @@ _HOME = {
     "Workflow": "flow",
     "configure": "settings",
     "current_step": "calls",
+    "embed": "embeddings",
     "generateContent": "aicall",
     "generate_content": "aicall",
     "humanTask": "humantask",
@@ -75,6 +77,7 @@ __all__ = [
     "Workflow",
     "configure",
     "current_step",
+    "embed",
     "errors",
     "generateContent",
     "generate_content",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ class FakeModel:
             request and returns any of these.
         delay: seconds before each answer.
 
+    ``embed`` needs no replies: vectors are made from the texts, and ``embedded`` lists what each request asked.
     ``calls`` lists the requests that arrived. A call without a reply left fails with status 400, and
     leaving the block fails too, so that it is seen even if the code under test swallowed it.
 
@@ -51,6 +53,7 @@ class FakeModel:
         self.replies = replies if callable(replies) else list(replies)
         self.delay = delay
         self.calls: list[Request] = []
+        self.embedded: list[list[str]] = []
         self.unexpected: list[Request] = []
         self._before: Any = None
 
@@ -75,6 +78,8 @@ class FakeModel:
     async def _answer(self, request: Any) -> Any:
         import httpx2
 
+        if request.url.path.endswith("/embeddings"):
+            return httpx2.Response(200, json=self._embedded(json.loads(request.content)))
         asked = request_of(request.url.path, json.loads(request.content))
         asked["provider"] = asking.get() or asked["provider"]
         self.calls.append(asked)
@@ -101,11 +106,24 @@ class FakeModel:
             return httpx2.Response(status, headers={"content-type": "text/event-stream", **headers}, text=text)
         return httpx2.Response(status, headers=headers, json=body)
 
+    def _embedded(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Vectors made from the texts: equal texts get equal ones. They use up no reply."""
+        self.embedded.append(list(body["input"]))
+        vectors = [_made_up_vector(text, body.get("dimensions") or 8) for text in body["input"]]
+        data = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
+        tokens = max(1, sum(map(len, body["input"])) // 4)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "model": body["model"], "data": data[::-1], "usage": usage}
+
     def _too_many(self, asked: Request) -> str:
         return (
             f"FakeModel: unexpected call {len(self.calls)}, only {len(self.replies)} replies were given "  # type: ignore[arg-type]
             f"({asked['provider']}:{asked['model']}, {asked['text'][:80]!r})"
         )
+
+
+def _made_up_vector(text: str, dimensions: int) -> list[float]:
+    return [hashlib.sha256(f"{at}:{text}".encode()).digest()[0] / 255 for at in range(dimensions)]
 
 
 def request_of(path: str, body: dict[str, Any]) -> Request:

@@ -15,7 +15,7 @@ from agentflow.providers.registry import known, register
 __all__ = ["default_model", "get", "known", "register", "resolve", "set_default_model", "transport", "use_transport"]
 
 _WELL_KNOWN = (
-    (re.compile(r"(gpt-|chatgpt-|o[134](-|$)|codex-)"), "openai"),
+    (re.compile(r"(gpt-|chatgpt-|o[134](-|$)|codex-|text-embedding-)"), "openai"),
     (re.compile(r"claude-"), "anthropic"),
 )
 _default: str | None = None

@@ -93,6 +93,24 @@ async def send(
     )
 
 
+async def embed(body: dict[str, Any], timeout: float | None, *, server: Server | None = None) -> Raw:
+    """One POST for vectors. ``timeout``: seconds; None allows ten minutes."""
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
+
+    async def call() -> Any:
+        return await sdk.embeddings.with_raw_response.create(
+            model=body["model"], input=body["input"], extra_body=body, timeout=timeout or DEFAULT_TIMEOUT
+        )
+
+    return await post(server, call, _embedded, body, timeout)
+
+
+def _embedded(body: dict[str, Any]) -> Parts:
+    usage = Usage(input_tokens=count(body.get("usage"), "prompt_tokens"))
+    return Parts("", None, "stop", usage, str(body.get("model") or ""))
+
+
 def make_client(transport: Any) -> Any:
     """An SDK client that never repeats a POST by itself."""
     import os

@@ -21,11 +21,11 @@ from agentflow.providers.common import (
     refuse_foreign,
     reported_failure,
 )
-from agentflow.providers.openai import PRICED_TIERS, connect, make_client
+from agentflow.providers.openai import PRICED_TIERS, connect, embed, make_client
 
 NAME = "openai-chat"
 SURFACE = "chat"
-__all__ = ["NAME", "SURFACE", "body", "connect", "messages", "next_turn", "read", "send"]
+__all__ = ["NAME", "SURFACE", "body", "connect", "embed", "messages", "next_turn", "read", "send"]
 
 
 def body(ask: Ask) -> dict[str, Any]:

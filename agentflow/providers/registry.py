@@ -202,6 +202,12 @@ class Compatible:
         raw: Raw = await self._api.send(body, timeout, on_text=on_text, server=self._server())
         return raw
 
+    @property
+    def embed(self) -> Callable[..., Awaitable[Raw]] | None:
+        """One POST for vectors; None where the API has none."""
+        send = getattr(self._api, "embed", None)
+        return None if send is None else lambda body, timeout: send(body, timeout, server=self._server())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._api, name)
 

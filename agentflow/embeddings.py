@@ -1,0 +1,180 @@
+"""``embed``: texts as vectors, each text paid for once in a journal, whichever list or run it stands in.
+
+The step of a call records which texts it asked about; the vectors themselves are records of their own, found by
+provider, model, dimensions and text. A list that grew by ten texts sends those ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import orjson
+
+from agentflow import providers
+from agentflow.aicall import _RETRY, _retrying
+from agentflow.calls import PLAIN, Call, Current, Options, here
+from agentflow.capture import data_digest, data_text
+from agentflow.durations import Duration, seconds
+from agentflow.errors import JournalIncomplete, ModelError, UsageError
+from agentflow.journal import Add
+from agentflow.records import Retry, retry_of
+from agentflow.scratch import scratch
+
+MOST_TEXTS = 2048  # per request: https://platform.openai.com/docs/api-reference/embeddings/create
+MOST_CHARACTERS = 600_000  # the same page allows 300,000 tokens; text of two characters a token still fits
+
+
+def embed(
+    texts: Sequence[str],
+    *,
+    model: str,
+    name: str = "embed",
+    dimensions: int | None = None,
+    timeout: Duration | None = None,
+    retry: Retry | Mapping[str, Any] | None = None,
+) -> Coroutine[None, None, list[list[float]]]:
+    """The vector of each text; only texts that this journal has no vector for are sent and paid.
+
+    Vectors are recorded one by one, with the reply that brought them and before anything else happens, so ten
+    texts more cost ten texts, in another list, run or workflow too. ``rerun=["embed"]`` does not ask anew for
+    what is recorded: the same model gives the same text the same vector.
+
+    Args:
+        texts: non-empty texts. An empty list gives an empty list and sends nothing.
+        model: such as ``"openai:text-embedding-3-small"``, or ``"ollama:nomic-embed-text"``.
+        name: the name of the step.
+        dimensions: length of the vectors, for models that can shorten them. None: the model's own.
+        timeout: for each request; ``30``, ``"30s"``. None: the provider's ten minutes.
+        retry: a ``Retry`` or its dict. None: transient errors are tried again, 3 attempts, as for
+            ``generate_content``.
+
+    Returns:
+        One list of floats per text, in the order of ``texts``.
+
+    Raises:
+        UsageError: an argument cannot mean anything, or the provider has no embeddings. Nothing was sent.
+        ModelError: no usable answer came; what came is recorded.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise UsageError('embed(texts) takes a list: embed(["a text"], model="openai:text-embedding-3-small").')
+    for at, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"embed: texts[{at}] is {text!r:.40}; every text has to be non-empty. Nothing was sent.")
+    if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int) or dimensions < 1):
+        raise UsageError(f"embed: dimensions={dimensions!r} is not a number of 1 or more.")
+    limit = seconds(timeout, what="timeout")
+    if limit == 0:
+        raise UsageError("timeout=0 leaves no time for an answer. Write seconds, or None for the default.")
+    if model is None:
+        raise UsageError('embed needs model=, such as "openai:text-embedding-3-small". Nothing was sent.')
+    provider_name, model_name = providers.resolve(model)
+    provider = providers.get(provider_name)
+    if getattr(provider, "embed", None) is None:
+        raise UsageError(f"{provider_name} has no embeddings; openai and servers compatible with it have.")
+    kind = {"provider": provider_name, "model": model_name, "dimensions": dimensions}
+    keys = [f"e/{data_digest({**kind, 'text': text})}" for text in texts]
+    request = {**kind, "texts": keys}
+
+    place = here.get()
+    ex = place.ex if place is not None else scratch()
+    policy = retry_of(retry)
+    if policy is None:
+        policy = None if _retrying(place.outer if place is not None else None) else _RETRY
+    call = Call(ex, name, None, (), {}, Options(retry=policy) if policy else PLAIN, "ai")
+    call.started = True
+    call.request, call.given, call.digest = request, data_text(request), data_digest(request)
+    call.policy = "error" if ex.on_change == "error" and place is not None and place.outer is None else "auto"
+
+    async def ask() -> list[str]:
+        at = here.get()
+        assert at is not None and at.outer is not None
+        wanted = {key: text for key, text in zip(keys, texts, strict=True) if ex.journal.get(key) is None}
+        body: dict[str, Any] = {"model": model_name, "encoding_format": "float"}
+        if dimensions is not None:
+            body["dimensions"] = dimensions
+        for part in _requests(wanted):
+            await _pay(call, at.outer, provider.embed, {**body, "input": list(part.values())}, list(part), limit)
+        at.outer.used_model = True
+        return keys
+
+    call.fn = ask
+    call.finish = lambda found: [_vector(ex.journal, key) for key in found]
+    ex.locate(call, call.digest)
+    call.started = False
+    return call
+
+
+embed.__agentflow_model_call__ = True  # type: ignore[attr-defined]
+
+
+def _requests(wanted: dict[str, str]) -> Iterator[dict[str, str]]:
+    part: dict[str, str] = {}
+    size = 0
+    for key, text in wanted.items():
+        if part and (len(part) == MOST_TEXTS or size + len(text) > MOST_CHARACTERS):
+            yield part
+            part, size = {}, 0
+        part[key] = text
+        size += len(text)
+    if part:
+        yield part
+
+
+async def _pay(
+    call: Call,
+    current: Current,
+    send: Callable[..., Any],
+    body: dict[str, Any],
+    keys: list[str],
+    timeout: float | None,
+) -> None:
+    """One POST; its vectors are recorded with it, in one commit."""
+    ex = call.ex
+    raw = await send(body, timeout)
+    vectors = _vectors(raw["body"], len(keys))
+    cost = None if raw["cost"] is None else Decimal(raw["cost"])
+    # What was sent and came stands in the vectors' own rows; an answer that does not fit is kept as it came.
+    kept = {**raw, "step": call.name, "request": {**body, "input": keys}}
+    if vectors is not None:
+        kept["body"] = {**raw["body"], "data": len(keys)}
+    prefix = f"m/{ex.key}/{call.occ}/{call.here.epoch}.{current.sample}/"
+    count = sum(1 for _ in ex.journal.keys(prefix))
+    ops = [Add(f"{prefix}{count:04d}", orjson.dumps(kept).decode())]
+    ops += [Add(key, orjson.dumps(vector).decode()) for key, vector in zip(keys, vectors or (), strict=False)]
+    await ex.journal.acommit(ops, fence=ex.fence, paid=True)
+    ex.paid(current, cost)
+    if vectors is None:
+        raise ModelError(
+            f"{raw['provider']}: the answer does not hold {len(keys)} vectors, one for each text; it is recorded.",
+            status=raw["status"],
+            code="invalid_reply",
+        )
+
+
+def _vectors(body: Any, count: int) -> list[list[float]] | None:
+    """The vectors in the order of the texts, which is not always that of the answer; None when some are missing."""
+    data = body.get("data") if isinstance(body, dict) else None
+    if not isinstance(data, list) or len(data) != count:
+        return None
+    found: dict[Any, list[float]] = {}
+    for at, entry in enumerate(data):
+        vector = entry.get("embedding") if isinstance(entry, dict) else None
+        if not isinstance(vector, list) or not vector:
+            return None
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in vector):
+            return None
+        found[entry.get("index", at)] = [float(x) for x in vector]
+    return [found[at] for at in range(count)] if set(found) == set(range(count)) else None
+
+
+def _vector(journal: Any, key: str) -> list[float]:
+    text = journal.get(key)
+    if text is None:
+        raise JournalIncomplete(
+            f"{journal.path}: the vector {key} is missing. Restore the journal from a copy, or ask in a new run "
+            "with fresh=True."
+        )
+    vector: list[float] = orjson.loads(text)
+    return vector

@@ -1,0 +1,146 @@
+"""``embed``: every text is paid for once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx2
+import pytest
+
+from agentflow import ModelError, UsageError, embed, workflow
+from agentflow.providers.common import use_transport
+from agentflow.testing import FakeModel
+
+MODEL = "openai:text-embedding-3-small"
+
+
+@workflow
+async def index(ctx, texts: list[str]) -> list[list[float]]:
+    return await embed(texts, model=MODEL)
+
+
+def test_ten_texts_more_pay_for_ten_texts():
+    thousand = [f"document {n}" for n in range(1000)]
+    with FakeModel([]) as model:
+        first = index.run_sync(thousand)
+        second = index.run_sync([*thousand[:500], *(f"new {n}" for n in range(10)), *thousand[500:]])
+    assert [len(asked) for asked in model.embedded] == [1000, 10]
+    assert second[:500] + second[510:] == first
+
+
+def test_a_replay_sends_nothing_and_gives_equal_vectors():
+    with FakeModel([]) as model:
+        once, twice = index.run_sync(["a", "b"]), index.run_sync(["a", "b"])
+    assert once == twice and len(model.embedded) == 1
+    assert index.runs()[0].cost > 0
+
+
+def test_vectors_stand_in_the_order_of_the_texts_whatever_the_answers_order():
+    with FakeModel([]):
+        together = index.run_sync(["a", "b", "c"])
+    with FakeModel([]):
+        assert index.options(fresh=True).run_sync(["c"]) == [together[2]]
+    assert len({tuple(vector) for vector in together}) == 3
+
+
+def test_a_text_that_stands_twice_is_sent_once():
+    with FakeModel([]) as model:
+        one, other, again = index.run_sync(["a", "b", "a"])
+    assert model.embedded == [["a", "b"]] and one == again != other
+
+
+def test_another_model_or_length_is_another_vector():
+    @workflow
+    async def shorter(ctx, dimensions: int | None, model: str) -> int:
+        return len((await embed(["a"], model=model, dimensions=dimensions))[0])
+
+    with FakeModel([]) as model:
+        assert shorter.run_sync(None, MODEL) == 8
+        assert shorter.run_sync(4, MODEL) == 4
+        shorter.run_sync(None, "ollama:nomic-embed-text")
+    assert len(model.embedded) == 3
+
+
+def test_many_texts_are_sent_in_requests_that_the_provider_takes(monkeypatch):
+    monkeypatch.setattr("agentflow.embeddings.MOST_TEXTS", 3)
+    with FakeModel([]) as model:
+        index.run_sync([str(n) for n in range(8)])
+    assert [len(asked) for asked in model.embedded] == [3, 3, 2]
+
+
+def test_requests_that_were_answered_before_a_kill_are_not_sent_again(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+import os, signal, sys
+from agentflow import embed, workflow
+import agentflow.embeddings as module
+from agentflow.testing import FakeModel
+module.MOST_TEXTS = 2
+die = len(sys.argv) > 1
+
+@workflow("index")
+async def index(ctx, n: int) -> int:
+    return len(await embed([str(i) for i in range(n)], model={MODEL!r}))
+
+class Dying(FakeModel):
+    def _embedded(self, body):
+        if die and len(self.embedded) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._embedded(body)
+
+with Dying([]) as model:
+    assert index.run_sync(6) == 6
+print(model.embedded)
+"""
+    )
+    env = {**os.environ, "AGENTFLOW_PATH": str(tmp_path / "journal")}
+    killed = subprocess.run([sys.executable, program, "die"], env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True, check=True)
+    assert resumed.stdout.strip() == "[['4', '5']]"
+
+
+@pytest.mark.parametrize("answer", [{"data": []}, {"data": [{"index": 0, "embedding": "AAAA"}]}, "no JSON"])
+def test_an_answer_that_does_not_fit_is_recorded_and_an_error(answer):
+    posts = []
+
+    def respond(request):
+        posts.append(request)
+        return httpx2.Response(200, content=answer if isinstance(answer, str) else json.dumps(answer))
+
+    before = use_transport(httpx2.MockTransport(respond))
+    try:
+        with pytest.raises(ModelError, match="does not hold 1 vector"):
+            index.run_sync(["a"])
+    finally:
+        use_transport(before)
+    assert len(posts) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ("text", {"model": MODEL}, "takes a list"),
+        (["a", ""], {"model": MODEL}, r"texts\[1\]"),
+        (["a", 5], {"model": MODEL}, r"texts\[1\]"),
+        (["a"], {"model": None}, "needs model="),
+        (["a"], {"model": "anthropic:claude-haiku-4-5"}, "has no embeddings"),
+        (["a"], {"model": MODEL, "dimensions": 0}, "dimensions=0"),
+        (["a"], {"model": MODEL, "timeout": 0}, "timeout=0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sent(texts, options, message):
+    with FakeModel([]) as model, pytest.raises(UsageError, match=message):
+        embed(texts, **options)
+    assert not model.embedded
+
+
+def test_no_texts_send_nothing():
+    with FakeModel([]) as model:
+        assert index.run_sync([]) == []
+    assert not model.embedded
