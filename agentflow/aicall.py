@@ -214,7 +214,7 @@ def generate_content(
         sample: a number that asks for a deliberate repeat of the same request.
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
             each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
-            asked. What it raises is raised once the reply is recorded.
+            asked. What it raises is raised once the answer is recorded; run again, the answer is replayed to it.
         extra: more fields of the provider's request body.
 
     Raises:
@@ -256,15 +256,15 @@ def generate_content(
     call.digest = data_digest(identity)
     call.policy = "error" if ex.on_change == "error" and place is not None and place.outer is None else "auto"
 
-    live = False
+    listener: generate.Listener | None = None
 
     async def ask() -> Any:
-        nonlocal live
-        live = True
+        nonlocal listener
+        listener = None if on_text is None else generate.Listener(on_text)
         at = here.get()
         assert at is not None and at.outer is not None
         current = at.outer
-        final = await generate.converse(prepared, _Recorder(call, current))
+        final = await generate.converse(prepared, _Recorder(call, current), listener)
         current.used_model = True
         return final
 
@@ -272,8 +272,11 @@ def generate_content(
 
     def finish(final: Any) -> Any:
         value = generate.finish(prepared, final)
-        if isinstance(call, _Streamed) and not live and not ex.plan and final["text"]:
-            call.tell(prepared.on_text, final["text"])
+        if listener is not None:
+            if listener.error is not None:
+                raise listener.error
+        elif on_text is not None and isinstance(call, _Streamed) and not ex.plan and final["text"]:
+            call.tell(on_text, final["text"])
         return value
 
     call.finish = finish

@@ -39,7 +39,6 @@ class Call:
         reask: how many times a reply that does not validate is asked about again.
         timeout: seconds for one POST; None leaves it to the provider's file.
         name: the name of the step.
-        on_text: hears the answer as it is written; no part of what is asked.
     """
 
     request: dict[str, Any]
@@ -47,7 +46,6 @@ class Call:
     reask: int
     timeout: float | None
     name: str
-    on_text: Any = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -143,12 +141,13 @@ def prepare(
         reask=reask,
         timeout=limit,
         name=name or "generate_content",
-        on_text=on_text,
     )
 
 
-async def converse(call: Call, recorder: Recorder) -> dict[str, Any]:
+async def converse(call: Call, recorder: Recorder, listener: Listener | None = None) -> dict[str, Any]:
     """One attempt. Replies of the recorder first, then one POST for each that is missing.
+
+    ``listener`` hears the text as it is written; None does not stream.
 
     Every reply that arrives is saved before anything looks at it. The first recorded reply is used as
     it is; one that answers a question about an earlier reply only where that question is the same.
@@ -167,7 +166,6 @@ async def converse(call: Call, recorder: Recorder) -> dict[str, Any]:
     usage, cost = Usage(), Decimal(0)
     known = True
     turn = 0
-    listener = _Listener(call.on_text) if call.on_text is not None else None
     while True:
         if turn < len(paid) and (turn == 0 or paid[turn].get("asked") == digest(body)):
             raw = paid[turn]
@@ -211,32 +209,34 @@ async def converse(call: Call, recorder: Recorder) -> dict[str, Any]:
         turn += 1
 
 
-class _Listener:
-    """Hands text to the user's function. What that raises waits until the reply is recorded."""
+class Listener:
+    """Hands text to the user's function, in one attempt.
+
+    What that raises is kept in ``error`` and never breaks the attempt: the answer is good and paid for, so it is
+    recorded as such before the caller sees the error.
+    """
 
     def __init__(self, on_text: Any) -> None:
+        self.error: Exception | None = None
         self._on_text = on_text
-        self._error: Exception | None = None
         self._heard = False
 
     async def __call__(self, text: str) -> None:
         self._heard = True
-        if self._error is not None:
+        if self.error is not None:
             return
         try:
             waiting = self._on_text(text)
             if inspect.isawaitable(waiting):
                 await waiting
         except Exception as exc:
-            self._error = exc
+            self.error = exc
 
     async def end(self, text: str) -> None:
-        """A turn is recorded: hands over what was not streamed, and raises what the function had raised."""
+        """A turn is recorded: hands over what was not streamed."""
         if not self._heard and text:
             await self(text)
         self._heard = False
-        if self._error is not None:
-            raise self._error
 
 
 def _keep_partial(call: Call, provider: Any, error: ModelError, added: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from agentflow.journal import Journal
 from agentflow.providers import registry
 from agentflow.settings import settings
 from tests import programs
+from tests.loopback import Loopback
 
 # A suite that is started in the background ignores Ctrl-C, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -75,3 +77,20 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     """Everything agentflow has said so far, one line each."""
     caplog.set_level(logging.INFO, logger="agentflow")
     return lambda: "\n".join(record.getMessage() for record in caplog.records if record.name == "agentflow")
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
+    """Starts a scripted server that counts what arrives and sends the SDKs to it."""
+    started: list[Loopback] = []
+
+    def start(*script: Any) -> Loopback:
+        server = Loopback(script=list(script))
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        started.append(server.__enter__())
+        return server
+
+    yield start
+    for server in started:
+        server.__exit__(None, None, None)

@@ -6,14 +6,14 @@ import asyncio
 import email.utils
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from agentflow import Context, ModelError, Retry, generate_content, workflow
 from agentflow.testing import reply_body, request_of, sse
-from tests.loopback import Loopback, answer_to
+from tests.loopback import answer_to
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
 PATHS = {"openai": "/v1/responses", "openai-chat": "/v1/chat/completions", "anthropic": "/v1/messages"}
@@ -35,22 +35,6 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr("agentflow.drive.asyncio.sleep", noted)
     return pauses
-
-
-@pytest.fixture
-def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
-    started: list[Loopback] = []
-
-    def start(*script: Any) -> Loopback:
-        server = Loopback(script=list(script))
-        for key, value in server.environment.items():
-            monkeypatch.setenv(key, value)
-        started.append(server.__enter__())
-        return server
-
-    yield start
-    for server in started:
-        server.__exit__(None, None, None)
 
 
 def ask(model_name: str, way: str, **options: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -28,7 +28,6 @@ from agentflow import (
 from agentflow.journal import Journal
 from agentflow.providers import streams
 from agentflow.testing import FakeModel, reply_body, request_of, sse
-from tests.loopback import Loopback
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
 each_model = pytest.mark.parametrize("model_name", MODELS)
@@ -53,22 +52,6 @@ def sent(text: str, *, cut: int | None = None) -> dict[str, Any]:
     """A scripted stream; ``cut`` breaks the connection after so many bytes."""
     fault: dict[str, Any] = {"status": 200, "headers": {"content-type": "text/event-stream"}, "body": text}
     return fault if cut is None else {**fault, "cut": cut}
-
-
-@pytest.fixture
-def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
-    started: list[Loopback] = []
-
-    def start(*script: Any) -> Loopback:
-        server = Loopback(script=list(script))
-        for key, value in server.environment.items():
-            monkeypatch.setenv(key, value)
-        started.append(server.__enter__())
-        return server
-
-    yield start
-    for server in started:
-        server.__exit__(None, None, None)
 
 
 def recorded_replies(journal: Journal) -> list[dict[str, Any]]:
@@ -442,3 +425,77 @@ async def test_a_stream_inside_a_step_replays_with_the_step() -> None:
     with FakeModel(["fine"]) as model:
         assert await step("draft", draft) == "fine"
     assert "".join(heard) == "fine" and len(model.calls) == 1
+
+
+# -- what was paid for is kept, whatever happens around it ---------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_a_bug_in_on_text_never_buys_the_answer_again(kind: str, model_name: str) -> None:
+    broken = True
+    heard: list[str] = []
+
+    def hear(text: str) -> None:
+        if broken:
+            raise ZeroDivisionError("in on_text")
+        heard.append(text)
+
+    async def later(text: str) -> None:
+        hear(text)
+
+    @workflow("deaf")
+    async def deaf(ctx: Any) -> str:
+        return await generate_content("Hi", model=model_name, on_text=hear if kind == "sync" else later)
+
+    with FakeModel(["an answer", "bought again"]) as model:
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError, match="in on_text"):
+                deaf.run_sync()
+        broken = False
+        assert deaf.run_sync() == "an answer"
+    assert len(model.calls) == 1
+    assert heard == ["an answer"]
+
+
+@pytest.mark.parametrize("then", ["close", "reset", "hang"])
+async def test_an_answer_that_came_whole_is_not_bought_again_for_what_its_connection_does(
+    then: str, loopback: Any
+) -> None:
+    asked = request_of("/v1/chat/completions", {"model": "gpt-4o-mini"})
+    text = sse(asked, reply_body(asked, "whole"))
+    server = loopback({**sent(text, cut=text.index("data: [DONE]")), "then": then})
+    heard: list[str] = []
+    assert await generate_content("Hi", model=MODELS[1], on_text=heard.append, timeout=1, retry=ONCE) == "whole"
+    assert "".join(heard) == "whole"
+    assert len(server.arrived) == 1
+
+
+async def test_an_error_reported_after_the_last_word_is_no_answer(loopback: Any) -> None:
+    asked = request_of("/v1/chat/completions", {"model": "gpt-4o-mini"})
+    text = sse(asked, reply_body(asked, "whole"))
+    error = 'data: {"error": {"type": "server_error", "message": "broke"}}\n\n'
+    server = loopback(sent(text.replace("data: [DONE]\n\n", error)))
+    with pytest.raises(ModelError, match="server_error broke"):
+        await generate_content("Hi", model=MODELS[1], on_text=lambda text: None, retry=ONCE)
+    assert len(server.arrived) == 1
+
+
+def test_arguments_of_a_tool_that_were_cut_off_by_max_tokens_do_not_break_the_stream() -> None:
+    reply = streams.Messages()
+    for event in (
+        {"type": "message_start", "message": {"id": "msg_1", "content": [], "usage": {"input_tokens": 9}}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "name": "f", "input": {}}},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "input_json_delta", "partial_json": '{"a": 1, "b'},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": {"output_tokens": 5}},
+        {"type": "message_stop"},
+    ):
+        reply.take(json.dumps(event))
+    assert reply.done
+    assert reply.body()["content"] == [{"type": "tool_use", "name": "f", "input": '{"a": 1, "b'}]
+    assert reply.body()["usage"] == {"input_tokens": 9, "output_tokens": 5}

@@ -175,6 +175,7 @@ async def post(
 
     provider = server.name
     token = asking.set(provider)
+    answer: Any = None
     try:
         async with asyncio.timeout(timeout):
             if whole is None:
@@ -185,20 +186,22 @@ async def post(
                     answer = response.http_response
                     await _listen(provider, answer, whole, on_text or _ignore)
     except TimeoutError as exc:
-        raise _partly(
-            ModelError(
-                f"{provider}: no answer within {timeout or DEFAULT_TIMEOUT:g} s (timeout=); the provider may have "
-                "charged for it.",
-                code="timeout",
-                retryable=True,
-            ),
-            whole,
-        ) from exc
+        if not _complete(whole):
+            raise _partly(
+                ModelError(
+                    f"{provider}: no answer within {timeout or DEFAULT_TIMEOUT:g} s (timeout=); the provider may have "
+                    "charged for it.",
+                    code="timeout",
+                    retryable=True,
+                ),
+                whole,
+            ) from exc
     except Exception as exc:
-        error = _partly(_failed(provider, exc, httpx2), whole)
-        if error is exc:
-            raise
-        raise error from exc
+        if not _complete(whole):
+            error = _partly(_failed(provider, exc, httpx2), whole)
+            if error is exc:
+                raise
+            raise error from exc
     finally:
         asking.reset(token)
     content: Any
@@ -236,35 +239,28 @@ async def _ignore(text: str) -> None:
 
 async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnText) -> None:
     """Reads a stream to the event that ends it; a server that does not stream is read as it answers."""
-    import httpx2
-
     if "text/event-stream" not in answer.headers.get("content-type", ""):
         await answer.aread()
         return
     events = streams.Events()
-    try:
-        async for chunk in answer.aiter_bytes():
-            for data in events.feed(chunk):
-                try:
-                    text = whole.take(data)
-                except (ValueError, TypeError, AttributeError) as exc:
-                    raise ModelError(
-                        f"{provider}: an event of the stream cannot be read: {data[:200]!r}",
-                        status=answer.status_code,
-                        code="broken_stream",
-                        retryable=True,
-                    ) from exc
-                if text:
-                    await on_text(text)
-                if whole.error is not None:
-                    raise reported_failure(provider, whole.error)
-                if whole.done:
-                    return
-        whole.finish()
-    except httpx2.HTTPError:
-        whole.finish()  # what was broken off after its last word is whole
-        if not whole.done:
-            raise
+    async for chunk in answer.aiter_bytes():
+        for data in events.feed(chunk):
+            try:
+                text = whole.take(data)
+            except (ValueError, TypeError, AttributeError) as exc:
+                raise ModelError(
+                    f"{provider}: an event of the stream cannot be read: {data[:200]!r}",
+                    status=answer.status_code,
+                    code="broken_stream",
+                    retryable=True,
+                ) from exc
+            if text:
+                await on_text(text)
+            if whole.error is not None:
+                raise reported_failure(provider, whole.error)
+            if whole.done:
+                return
+    whole.finish()
     if not whole.done:
         raise ModelError(
             f"{provider}: the stream ended before the reply was complete.",
@@ -273,6 +269,14 @@ async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnT
             retryable=True,
             request_id=_request_id(answer.headers),
         )
+
+
+def _complete(whole: streams.Whole | None) -> bool:
+    """Whether the answer had come whole before its connection broke or hung: it is paid for, so it is kept."""
+    if whole is None or whole.error is not None:
+        return False
+    whole.finish()
+    return whole.done
 
 
 def _partly(error: Any, whole: streams.Whole | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class Events:
                 yield data
 
 
-class Whole:
+class Whole(ABC):
     """A reply being put together.
 
     Attributes:
@@ -59,15 +60,16 @@ class Whole:
             return ""
         return self.event(event)
 
+    @abstractmethod
     def event(self, event: dict[str, Any]) -> str:
-        raise NotImplementedError
+        """Takes an event in that reports no error; gives the text it adds."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027, most APIs have an event for it
         """The stream says that nothing more comes."""
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
         """The reply so far."""
-        raise NotImplementedError
 
 
 class Responses(Whole):
@@ -197,7 +199,11 @@ class Messages(Whole):
         elif kind == "content_block_delta":
             return self._delta(index, event.get("delta") or {})
         elif kind == "content_block_stop" and index in self._json:
-            self._blocks[index]["input"] = json.loads(self._json.pop(index) or "{}")
+            text = self._json.pop(index) or "{}"
+            try:
+                self._blocks[index]["input"] = json.loads(text)
+            except ValueError:  # cut off by max_tokens: no reason to throw away a reply that is paid for
+                self._blocks[index]["input"] = text
         elif kind == "message_delta":
             self._message.update(event.get("delta") or {})
             usage = {name: value for name, value in (event.get("usage") or {}).items() if value is not None}
