@@ -229,6 +229,7 @@ def _run(call: Call, again: int = 0) -> Process:
         if settled is not _RUN:
             return settled
     attempt, sample, free = state.failed + 1, state.sample, 0
+    doubt = int(state.started)  # kept with the attempt that was in doubt: the record may be another process's
     asked = time.time()
     started = state.since or ex.clock()
     order = ex.next()
@@ -273,7 +274,9 @@ def _run(call: Call, again: int = 0) -> Process:
                 "t1": ended,
                 "delay": delay,
                 "error": data,
+                "doubt": doubt,
             }
+            doubt = 0
             yield (
                 "commit",
                 [Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())],
@@ -294,7 +297,7 @@ def _run(call: Call, again: int = 0) -> Process:
             attempt += 0 if lent else 1
             ex.give_back(current)
             continue
-        head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))
+        head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
         yield from _record(call, slot, head, "null")
         if late := ex.late_result(call):
@@ -302,7 +305,7 @@ def _run(call: Call, again: int = 0) -> Process:
             yield ("commit", [ex.records.record(slot, kept)], False)
             slot.n += 1
         raise ex.failure(call, head, replayed=False) from failure
-    head = _head(call, current, slot, order, asked, started, attempt, sample, int(state.started))
+    head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
     if options.secret:
         head["secret"], text = True, "null"
     yield from _record(call, slot, head, text)
@@ -358,9 +361,8 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
         return _RUN
     text, value = codec.roundtrip(decision.data, where="result")
     current = Current(call, ex.key_of(call, slot.voids()), state.failed + 1, state.sample)
-    head = _head(
-        call, current, slot, ex.next(), time.time(), state.since or ex.clock(), state.failed + 1, state.sample, 1
-    )
+    started = state.since or ex.clock()
+    head = _head(call, current, slot, ex.next(), time.time(), started, current.attempt, state.sample, state.doubts)
     yield from _record(call, slot, head, text)
     return ex.finished(call, slot, head, value)
 

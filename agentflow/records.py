@@ -129,6 +129,7 @@ class StepRecord:
 
     Times are aware UTC datetimes, ``duration`` is in seconds, ``cost`` in dollars (None: unknown or
     no model call). ``replayed`` tells whether this execution reused the record.
+    ``in_doubt`` counts the processes that found it started and without a result, and went on with it.
     """
 
     name: str

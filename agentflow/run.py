@@ -42,6 +42,7 @@ class Attempts:
     sample: int = 0
     since: float | None = None
     started: bool = False
+    doubts: int = 0
     paid: bool = False
 
 
@@ -492,10 +493,12 @@ class Execution:
             state.failed = facts["attempt"] - (1 if facts["free"] else 0)
             state.sample = facts["sample"]
             state.since = state.since or facts["t0"]
+            state.doubts += facts.get("doubt", 0)
         state.started = self.marks.get(call.occ) == (slot.n + 1, state.failed + 1)
         if call.options.in_doubt != "rerun":
             row = f"d/{self.key}/{call.occ}.{slot.n + 1}.{state.failed + 1}"
             state.started = self.journal.get(row) is not None
+        state.doubts += state.started
         if state.started and call.request is not None:
             state.paid = any(True for _ in self.journal.scan(f"m/{self.key}/{call.occ}/", limit=1))
         return state

@@ -360,3 +360,42 @@ def test_a_reply_that_arrived_is_kept_when_the_process_dies_while_validating_it(
         assert ended.out.strip() == answer_to("hello")
         assert len(server.arrived) == 1, "a paid reply was bought again"
         assert "in doubt" not in ended.err
+
+
+def test_a_doubt_is_still_on_record_when_a_later_kill_falls_between_two_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import logging
+
+moment = sys.argv[1]
+
+def flaky():
+    attempt = current_step().attempt
+    note(f"ran {attempt}")
+    if moment == "inside":
+        die()
+    if attempt == 1:
+        raise ConnectionError("once more")
+    return attempt
+
+class Waits(logging.Handler):
+    def emit(self, record):
+        if moment == "between" and "attempt 1 of 3 failed" in record.getMessage():
+            die()
+
+logging.getLogger("agentflow").addHandler(Waits())
+
+@workflow("doubtful")
+async def doubtful(ctx):
+    return await step("flaky", flaky, retry=Retry(max_attempts=3, initial_delay=0.001))
+
+doubtful.options(run_id="doubtful").run_sync()
+"""
+    for moment in ("inside", "between"):
+        run_program(source, tmp_path, moment, expect_kill=True)
+    run_program(source, tmp_path, "not at all")
+    assert [line for line in notes(tmp_path) if line.startswith("ran")] == ["ran 1", "ran 1", "ran 2"]
+    monkeypatch.setenv("AGENTFLOW_PATH", str(tmp_path / "journal"))
+    (flaky,) = runs.get("doubtful").steps
+    assert (flaky.output, flaky.attempts, flaky.in_doubt) == (2, 2, 1)
