@@ -171,16 +171,7 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
             raw = paid[turn]
         else:
             paid = paid[:turn]
-            try:
-                raw = await (
-                    provider.send(body, call.timeout)
-                    if listener is None
-                    else provider.send(body, call.timeout, on_text=listener)
-                )
-            except ModelError as exc:
-                _keep_partial(call, provider, exc, added)
-                raise
-            await recorder.save(raw, body=body)
+            raw = await _ask(call, provider, body, recorder, listener, added)
         usage += Usage(**raw["usage"])
         known = known and raw["cost"] is not None
         cost += Decimal(raw["cost"] or 0)
@@ -207,6 +198,28 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
         added = [*added, {"role": "user", "content": question}]
         body = provider.next_turn(call.request["body"], added)
         turn += 1
+
+
+async def _ask(
+    call: Call,
+    provider: Any,
+    body: dict[str, Any],
+    recorder: Recorder,
+    listener: Listener | None,
+    added: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """One POST; its reply is saved before anybody looks at it."""
+    try:
+        raw: dict[str, Any] = await (
+            provider.send(body, call.timeout)
+            if listener is None
+            else provider.send(body, call.timeout, on_text=listener)
+        )
+    except ModelError as exc:
+        _keep_partial(call, provider, exc, added)
+        raise
+    await recorder.save(raw, body=body)
+    return raw
 
 
 class Listener:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,3 +112,23 @@ def notes(folder: Path) -> list[str]:
     """The words noted so far by all processes, in order."""
     file = folder / "notes.txt"
     return file.read_text().split("\n")[:-1] if file.exists() else []
+
+
+def stop_between_commits(folder: Path, pid: int) -> None:
+    """Stops a child of this process, as SIGSTOP does, at a moment when it does not hold the journal's write lock.
+
+    Stopped inside a transaction it would keep everybody from committing, which is another question.
+    """
+    con = sqlite3.connect(folder / "cache.db", timeout=0.05, isolation_level=None)
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        # kill() returns before every thread has stopped: until then one of them can still take the lock.
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            con.execute("BEGIN IMMEDIATE")
+            con.execute("ROLLBACK")
+            break
+        except sqlite3.OperationalError:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.001)
+    con.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from agentflow.errors import JournalFull, JournalReadOnly
 from agentflow.journal import Add, Journal
 from agentflow.lease import alive, holder
+from tests.programs import stop_between_commits
 
 ROOT = Path(__file__).parent.parent
 torture = pytest.mark.torture
@@ -143,21 +143,6 @@ while True:
     except LeaseLost:
         print("lost", flush=True)
 """
-
-
-def stop_between_commits(folder: Path, pid: int) -> None:
-    # Stopped inside a transaction, a process keeps SQLite's lock and nobody can commit: not what is asked here.
-    con = sqlite3.connect(folder / "cache.db", timeout=0.05, isolation_level=None)
-    while True:
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            con.execute("BEGIN IMMEDIATE")
-            con.execute("ROLLBACK")
-            break
-        except sqlite3.OperationalError:
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(0.001)
-    con.close()
 
 
 @pytest.mark.parametrize(("steps", "blows"), [(300, 3), pytest.param(4000, 40, marks=torture)])

@@ -16,6 +16,7 @@ from agentflow import lease as leases
 from agentflow.errors import LeaseLost, RunBusy
 from agentflow.journal import Add, Journal, Put
 from agentflow.lease import aacquire, acquire, alive, holder
+from tests.programs import stop_between_commits
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,7 +178,7 @@ def test_a_replaced_owner_can_neither_commit_nor_release(journal):
 def test_an_owner_paused_past_its_lease_commits_nothing_after_it_was_replaced(journal, owner):
     child = owner(seconds=0.3)
     assert ask(child, "before") == "ok"
-    os.kill(child.pid, signal.SIGSTOP)
+    stop_between_commits(journal.path, child.pid)
     until(lambda: not alive(holder(journal, "lease/r")))
     lease = acquire(journal, "lease/r", what="run r")
     os.kill(child.pid, signal.SIGCONT)
@@ -188,7 +189,7 @@ def test_an_owner_paused_past_its_lease_commits_nothing_after_it_was_replaced(jo
 
 def test_an_owner_paused_past_its_lease_goes_on_when_nobody_came(journal, owner):
     child = owner(seconds=0.3)
-    os.kill(child.pid, signal.SIGSTOP)
+    stop_between_commits(journal.path, child.pid)
     until(lambda: not alive(holder(journal, "lease/r")))
     os.kill(child.pid, signal.SIGCONT)
     assert ask(child, "after") == "ok"

@@ -20,7 +20,7 @@ from agentflow import opening, runs, step, workflow
 from agentflow.errors import RunBusy
 from agentflow.sync import step as step_sync
 from agentflow.sync import workflow as workflow_sync
-from tests.programs import environment, notes, write_program
+from tests.programs import environment, notes, stop_between_commits, write_program
 
 # A workflow whose second step waits for a file named after the argument; what it wrote tells who ran it.
 OWNED = """
@@ -203,7 +203,7 @@ def test_an_owner_stopped_past_its_lease_can_commit_nothing_when_it_wakes(
     file = write_program(OWNED, tmp_path)
     owner = processes.start(file, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted(f"ran second {owner.pid}"), "the owner is at work")
-    os.kill(owner.pid, signal.SIGSTOP)
+    stop_between_commits(tmp_path / "journal", owner.pid)
     try:
         (tmp_path / "go").touch()
         told = processes.end(processes.start(file, AGENTFLOW_LEASE_SECONDS="0.6", BUSY="wait"))
@@ -223,7 +223,7 @@ def test_an_owner_stopped_past_its_lease_can_commit_nothing_when_it_wakes(
 def test_an_owner_stopped_past_its_lease_goes_on_when_nobody_took_over(processes: Processes, tmp_path: Path) -> None:
     owner = processes.start(OWNED, AGENTFLOW_LEASE_SECONDS="0.3")
     processes.until(lambda: processes.noted("ran second"), "the owner is at work")
-    os.kill(owner.pid, signal.SIGSTOP)
+    stop_between_commits(tmp_path / "journal", owner.pid)
     try:
         processes.until(lambda: runs.list()[0].status == "interrupted", "its lease has run out")
     finally:
@@ -307,7 +307,7 @@ def test_a_process_stopped_within_a_keyed_step_gets_the_result_of_the_one_that_t
     mine = "1" if where == "workflow" else "outside"
     first = processes.start(file, mine, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted("ran charge"), "the first is at work")
-    os.kill(first.pid, signal.SIGSTOP)
+    stop_between_commits(tmp_path / "journal", first.pid)
     try:
         second = processes.start(file, "2", AGENTFLOW_LEASE_SECONDS="0.6")
         assert processes.end(second).strip() == str(second.pid)
@@ -337,7 +337,7 @@ def test_a_process_stopped_within_a_step_outside_a_workflow_gets_what_is_on_reco
     file = write_program(source, tmp_path)
     first = processes.start(file, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted("ran draw"), "the first is at work")
-    os.kill(first.pid, signal.SIGSTOP)
+    stop_between_commits(tmp_path / "journal", first.pid)
     try:
         second = processes.start(file, AGENTFLOW_LEASE_SECONDS="0.6")
         assert processes.end(second).strip() == str(second.pid)
