@@ -6,7 +6,11 @@ provider, model, dimensions and text. A list that grew by ten texts sends those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -90,12 +94,14 @@ def embed(
     async def ask() -> list[str]:
         at = here.get()
         assert at is not None and at.outer is not None
-        wanted = {key: text for key, text in zip(keys, texts, strict=True) if ex.journal.get(key) is None}
         body: dict[str, Any] = {"model": model_name, "encoding_format": "float"}
         if dimensions is not None:
             body["dimensions"] = dimensions
-        for part in _requests(wanted):
-            await _pay(call, at.outer, provider.embed, {**body, "input": list(part.values())}, list(part), limit)
+        while wanted := {key: text for key, text in zip(keys, texts, strict=True) if ex.journal.get(key) is None}:
+            async with _claimed(ex.journal.id, wanted) as mine:
+                for part in _requests(mine):
+                    asked = {**body, "input": list(part.values())}
+                    await _pay(call, at.outer, provider.embed, asked, list(part), limit)
         at.outer.used_model = True
         return keys
 
@@ -107,6 +113,33 @@ def embed(
 
 
 embed.__agentflow_model_call__ = True  # type: ignore[attr-defined]
+
+
+_asked: dict[tuple[str, str], Future[None]] = {}  # texts that this process is paying for at the moment
+_asked_lock = threading.Lock()
+
+
+@asynccontextmanager
+async def _claimed(journal: str, wanted: dict[str, str]) -> AsyncGenerator[dict[str, str]]:
+    """Those of the texts that nobody else in this process is asking about, to be asked about within the block.
+
+    Leaves when the others have been answered too, or given up: what is still missing then is to be claimed again.
+    """
+    done: Future[None] = Future()
+    with _asked_lock:
+        mine = {key: text for key, text in wanted.items() if (journal, key) not in _asked}
+        theirs = {_asked[journal, key] for key in wanted if key not in mine}
+        _asked.update({(journal, key): done for key in mine})
+    try:
+        yield mine
+    finally:
+        with _asked_lock:
+            for key in mine:
+                del _asked[journal, key]
+        done.set_result(None)
+    for other in theirs:
+        # Shielded: a caller that is cancelled must not cancel what others wait for.
+        await asyncio.shield(asyncio.wrap_future(other))
 
 
 def _requests(wanted: dict[str, str]) -> Iterator[dict[str, str]]:

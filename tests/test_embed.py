@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import httpx2
 import pytest
 
-from agentflow import ModelError, UsageError, embed, workflow
+from agentflow import ModelError, UsageError, embed, parallel, workflow
 from agentflow.providers.common import use_transport
 from agentflow.testing import FakeModel
 
@@ -56,6 +57,40 @@ def test_a_text_that_stands_twice_is_sent_once():
     with FakeModel([]) as model:
         one, other, again = index.run_sync(["a", "b", "a"])
     assert model.embedded == [["a", "b"]] and one == again != other
+
+
+def test_branches_that_ask_for_the_same_text_at_the_same_moment_pay_for_it_once():
+    @workflow
+    async def fan_out(ctx, lists: list[list[str]]) -> list[list[list[float]]]:
+        return await parallel([embed(texts, model=MODEL) for texts in lists])
+
+    with FakeModel([], delay=0.02) as model:
+        got = fan_out.run_sync([["a", "b"], ["b", "c"], ["c", "a"], ["a", "b"]])
+    assert sorted(text for asked in model.embedded for text in asked) == ["a", "b", "c"]
+    a, b, c = got[0][0], got[0][1], got[1][1]
+    assert got == [[a, b], [b, c], [c, a], [a, b]]
+
+
+def test_a_text_is_asked_for_by_another_branch_when_the_first_one_fails():
+    posts = []
+
+    async def respond(request):
+        posts.append(json.loads(request.content)["input"])
+        if len(posts) == 1:
+            await asyncio.sleep(0.02)
+            return httpx2.Response(400, json={"error": {"message": "no", "code": "bad"}})
+        return httpx2.Response(200, json={"data": [{"index": 0, "embedding": [1.0]}], "model": "m"})
+
+    @workflow
+    async def both(ctx) -> list:
+        return await parallel([embed(["a"], model=MODEL, name=name) for name in ("first", "second")], settle=True)
+
+    before = use_transport(httpx2.MockTransport(respond))
+    try:
+        failed, got = both.run_sync()
+    finally:
+        use_transport(before)
+    assert isinstance(failed, ModelError) and got == [[1.0]] and posts == [["a"], ["a"]]
 
 
 def test_another_model_or_length_is_another_vector():
