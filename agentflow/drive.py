@@ -203,7 +203,13 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
 
     def factory(loop: Any, coro: Any, **kwargs: Any) -> Any:
         at, label = here.get(), ""
-        known = at is not None and at.ex.loop is loop and getattr(coro, "cr_code", None) is not _body.__code__
+        known = (
+            at is not None
+            and at.ex.loop is loop
+            and getattr(coro, "cr_code", None) is not _body.__code__
+            # What an SDK starts to connect or to read is no branch of the run: it ends with its call, not with the run.
+            and not (at.outer is not None and at.outer.call.kind == "ai")
+        )
         if at is not None and known:
             # The parent becomes a branch first, so that the child's name and path start from it.
             place, _ = at.ex.stand()

@@ -167,7 +167,7 @@ async def test_a_server_that_hangs_is_left_at_the_timeout_and_asked_again(
     answer = answers(model_name, way)
     fault = "hang" if where == "before" else {**answer, "cut": len(answer["body"]) // 2, "then": "hang"}
     server = loopback(fault)
-    assert await ask(model_name, way, timeout=1) == answer_to("Hi")
+    assert await ask(model_name, way, timeout=2) == answer_to("Hi")
     assert len(server.arrived) == 2
 
 

@@ -73,7 +73,7 @@ def ask(child: subprocess.Popen, key: str) -> str:
     return child.stdout.readline().strip()
 
 
-def until(condition, seconds: float = 10) -> None:
+def until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never happened"

@@ -80,7 +80,7 @@ class Processes:
         return process
 
     def end(self, process: subprocess.Popen[str], code: int = 0) -> str:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == code, f"ended with {process.returncode}\n{out}\n{err}"
         return out
 
@@ -88,7 +88,7 @@ class Processes:
         process.kill()
         process.wait()
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{notes(self.folder)}"

@@ -158,10 +158,11 @@ def test_redacting_twice_changes_nothing(text):
     assert redact(once) == once
 
 
-def test_a_megabyte_without_separators_takes_no_time_to_speak_of():
+def test_a_megabyte_without_separators_is_read_once():
     import time
 
+    # A pattern that goes back for every character would take hours; that is what is ruled out, not a slow machine.
     for text in ("a-" * 500_000, "x" * 1_000_000, "eyJ" * 300_000, "bearer " * 150_000, "://:" * 250_000):
-        started = time.perf_counter()
+        started = time.process_time()
         redact(text)
-        assert time.perf_counter() - started < 3
+        assert time.process_time() - started < 60

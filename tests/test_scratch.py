@@ -87,7 +87,7 @@ def test_two_processes_that_ask_for_the_same_step_run_it_once(tmp_path: Path) ->
         time.sleep(0.01)
     (tmp_path / "free").touch()
     for process in processes:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert (out, process.returncode) == ("5\n", 0), err
     assert notes(tmp_path).count("slow") == 1
 
@@ -287,7 +287,7 @@ class Kernel:
         self.manager.start_kernel(cwd=str(folder), env={**env, "IPYTHONDIR": str(folder / "ipython")})
         self.client = self.manager.blocking_client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=30)
+        self.client.wait_for_ready(timeout=120)
 
     def run(self, code: str) -> str:
         said: list[str] = []
@@ -387,7 +387,7 @@ def test_cells_of_a_kernel_replay_notice_edits_and_survive_a_restart(kernel: Ker
     assert notes(tmp_path).count("load") == 3
 
     kernel.manager.restart_kernel(now=True)
-    kernel.client.wait_for_ready(timeout=30)
+    kernel.client.wait_for_ready(timeout=120)
     assert kernel.run(PREPARE) == ""
     assert kernel.run(edited) == "12\n"
     assert kernel.run(flow) == "15 15\n"

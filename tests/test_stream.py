@@ -466,7 +466,7 @@ async def test_an_answer_that_came_whole_is_not_bought_again_for_what_its_connec
     text = sse(asked, reply_body(asked, "whole"))
     server = loopback({**sent(text, cut=text.index("data: [DONE]")), "then": then})
     heard: list[str] = []
-    assert await generate_content("Hi", model=MODELS[1], on_text=heard.append, timeout=1, retry=ONCE) == "whole"
+    assert await generate_content("Hi", model=MODELS[1], on_text=heard.append, timeout=2, retry=ONCE) == "whole"
     assert "".join(heard) == "whole"
     assert len(server.arrived) == 1
 

@@ -212,7 +212,7 @@ def test_parallel_of_functions_keeps_the_order_and_each_its_own_records(again: C
 
 
 def test_parallel_branches_run_at_the_same_time_in_threads_of_their_own() -> None:
-    meet = threading.Barrier(3, timeout=10)
+    meet = threading.Barrier(3, timeout=60)
 
     @workflow("at-once")
     def flow(ctx: Context) -> list[int]:
