@@ -270,6 +270,8 @@ class Encoder:
             return {"~exc": [bare_name(t), [self.encode(x) for x in v.args]]}
         if marked(v, "__agentflow_step__") and hasattr(v, "fn"):
             return self.encode(v.fn)
+        if marked(v, "__agentflow_workflow__"):
+            return {"~sub": ["workflow", self.encode(v.__agentflow_given__())]}
         return self._own_instance(v, t) if self._own(t) else self._none()
 
     def _none(self) -> Any:

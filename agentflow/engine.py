@@ -248,6 +248,8 @@ def _run(call: Call, again: int = 0) -> Process:
             text, value = codec.roundtrip(result, where="result")
         except Exception as exc:
             if isinstance(exc, NOT_RECORDED):
+                if isinstance(exc, Waiting | RunBusy):  # a run inside it can only wait: nothing is in doubt
+                    ex.unstart(call, slot, current)
                 raise
             failure = exc
         except BaseException:

@@ -40,6 +40,8 @@ T = TypeVar("T")
 class Workflow(Generic[P, T]):
     """A named function whose runs persist. Made by ``workflow``."""
 
+    __agentflow_workflow__ = True
+
     def __init__(
         self,
         fn: Callable[..., Any],
@@ -74,6 +76,10 @@ class Workflow(Generic[P, T]):
 
     def __repr__(self) -> str:
         return f"<workflow {self.name!r}>"
+
+    def __agentflow_given__(self) -> dict[str, Any]:
+        """What counts of a workflow that a step is given: which one, and which run of it. Its function is code."""
+        return {"name": self.name, "run_id": self._definition.options.run_id}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError(f"a workflow is not called: await {self.__name__}.run(...), or {self.__name__}.run_sync(...).")

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from agentflow import Context, workflow
 from agentflow.capture import capture, data_digest, data_text
 from agentflow.errors import UsageError
 
@@ -595,3 +596,17 @@ def test_a_coroutine_function_is_not_started_by_capturing_it():
     assert started == []
     asyncio.run(f())
     assert started == [1]
+
+
+def test_a_workflow_counts_by_its_name_and_the_run_that_was_chosen() -> None:
+    @workflow("first")
+    async def first(ctx: Context, x: int) -> int:
+        return x
+
+    @workflow("second")
+    async def second(ctx: Context, x: int) -> int:
+        return x
+
+    given = [capture(each.run, (1,)) for each in (first, second, first.options(run_id="r"), first.options(wait=True))]
+    assert len({each.digest for each in given}) == 3 and given[0].digest == given[3].digest
+    assert not any(each.opaque for each in given)
