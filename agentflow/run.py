@@ -196,14 +196,22 @@ class Execution:
         return place, task
 
     def _own_code(self, call: Call, slot: Slot) -> Slot:
-        """Among exact repeats, one recorded with this very code goes before one at this very place."""
+        """Among exact repeats, one recorded with this very code goes before one at this very place.
+
+        But not one of a branch that is there and asks for its own: code that differs may be no more than a counter.
+        """
 
         def same(other: Slot) -> bool:
             return other.n >= 0 and self.records.row(other, other.n).head["code"] == call.code.digest
 
         if same(slot):
             return slot
-        free = (other for other in self.records.slots(call.ident)[:100] if not other.claimed and other is not slot)
+        others = self._live_branches - {short(call.here.branch, BRANCH)}
+        free = (
+            other
+            for other in self.records.slots(call.ident)[:100]
+            if not other.claimed and other is not slot and other.branch not in others
+        )
         return next((other for other in free if same(other)), slot)
 
     def _in_cell(self, ident: str) -> int:

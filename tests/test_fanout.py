@@ -740,3 +740,31 @@ def test_outside_a_workflow_a_fan_out_is_remembered_too(again: Any) -> None:
     assert asyncio.run(main()) == [0, 2, 4, 6]
     assert sorted(ran) == [0, 1, 2, 3]
     assert agentflow.runs.list() == []
+
+
+def test_a_branch_keeps_its_record_when_branches_are_reordered_and_the_code_holds_a_counter(tmp_path: Path) -> None:
+    """The counter differs for each record, which makes their code differ: that gives no branch another one's record."""
+    source = """
+    ORDER = sys.argv[1].split()
+    count = []
+
+    async def work(n):
+        count.append(n)
+        note("ran")
+        return f"result {len(count)}"
+
+    async def branch(name):
+        return [await step("work", work, 1) for _ in range(int(name[1]))]
+
+    @workflow("reordered")
+    async def flow(ctx):
+        return dict(zip(ORDER, await parallel.map(branch, ORDER)))
+
+    result = flow.options(run_id="r").run_sync()
+    print([result[name] for name in sorted(result)])
+    """
+    program = write_program(source, tmp_path)
+    first = run_program(program, tmp_path, "a2 b1").out
+    assert run_program(program, tmp_path, "b1 a2").out == first
+    assert run_program(program, tmp_path, "b1 c1 a2").out != first
+    assert len(notes(tmp_path)) == 4

@@ -22,7 +22,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, event, settings
+from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 
 from agentflow import Retry, configure, generate_content, parallel, step, workflow
@@ -323,14 +323,23 @@ def edited_half_way(program: list[Node], one: list[Any], other: list[Any]) -> No
             runs.again(each)
 
 
-_settings = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True)
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What a model call imports is imported once, not in each process that is forked."""
+    from agentflow.providers import openai
+
+    with FakeModel(["Hello!"]):
+        asyncio.run(openai.send({"model": "gpt-5-mini", "input": "Hi"}, timeout=None))
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(800, marks=pytest.mark.torture)])
+_settings = settings(deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None, print_blob=True)
+
+
+@pytest.mark.parametrize("examples", [15, pytest.param(250, marks=pytest.mark.torture)])
 def test_a_killed_and_edited_program_runs_again_only_what_has_no_record(examples: int) -> None:
     settings(_settings, max_examples=examples)(killed_and_edited)()
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(800, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("examples", [15, pytest.param(250, marks=pytest.mark.torture)])
 def test_edits_there_and_back_run_only_what_is_asked_for_more_often(examples: int) -> None:
     settings(_settings, max_examples=examples)(edited_half_way)()
