@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -173,7 +173,11 @@ class Execution:
         call.place = f"{place.key}{short(place.pred, PRED)}-{repeat:x}"
         slot = self.records.at(ident, call.place)
         if slot is not None and not slot.claimed and call.code is not None and self.records.repeated(ident):
-            slot = self._own_code(call, slot)
+            # Code goes before place within a branch. Between branches it does not: code that differs may be no more
+            # than a counter, and the others ask for their own.
+            branch = slot.branch
+            others = (s for s in self.records.slots(ident) if not s.claimed and s.branch == branch and s is not slot)
+            slot = self._own_code(call, itertools.chain([slot], others))
         if slot is not None and not slot.claimed:
             self.take(call, slot)
             call.slot = slot
@@ -195,24 +199,16 @@ class Execution:
             place = self._arrive(place, task)
         return place, task
 
-    def _own_code(self, call: Call, slot: Slot) -> Slot:
-        """Among exact repeats, one recorded with this very code goes before one at this very place.
+    def _own_code(self, call: Call, slots: Iterable[Slot]) -> Slot | None:
+        """Among exact repeats that this call could take, the first one recorded with this very code, else the first."""
+        found = list(itertools.islice(slots, 100))
+        if call.code is None or len(found) < 2:
+            return found[0] if found else None
 
-        But not one of a branch that is there and asks for its own: code that differs may be no more than a counter.
-        """
+        def same(slot: Slot) -> bool:
+            return slot.n >= 0 and self.records.row(slot, slot.n).head["code"] == call.code.digest
 
-        def same(other: Slot) -> bool:
-            return other.n >= 0 and self.records.row(other, other.n).head["code"] == call.code.digest
-
-        if same(slot):
-            return slot
-        others = self._live_branches - {short(call.here.branch, BRANCH)}
-        free = (
-            other
-            for other in self.records.slots(call.ident)[:100]
-            if not other.claimed and other is not slot and other.branch not in others
-        )
-        return next((other for other in free if same(other)), slot)
+        return next((slot for slot in found if same(slot)), found[0])
 
     def _in_cell(self, ident: str) -> int:
         """How often this ident was asked for in the running notebook cell, or in this process."""
@@ -277,12 +273,13 @@ class Execution:
     def in_branch(self, call: Call) -> Slot | None:
         """An unclaimed record of the same ident in the same branch: steps were inserted, moved or removed."""
         branch = short(call.here.branch, BRANCH)
-        return next((s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch), None)
+        return self._own_code(call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch))
 
     def elsewhere(self, call: Call) -> Slot | None:
         """One from a branch that is not there any more; a branch that is there asks for its own."""
-        return next(
-            (s for s in self.records.slots(call.ident) if not s.claimed and s.branch not in self._live_branches), None
+        live = self._live_branches
+        return self._own_code(
+            call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch not in live)
         )
 
     def others(self, call: Call) -> bool:

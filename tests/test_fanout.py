@@ -768,3 +768,32 @@ def test_a_branch_keeps_its_record_when_branches_are_reordered_and_the_code_hold
     assert run_program(program, tmp_path, "b1 a2").out == first
     assert run_program(program, tmp_path, "b1 c1 a2").out != first
     assert len(notes(tmp_path)) == 4
+
+
+def test_steps_that_differ_in_their_function_alone_keep_their_own_records_when_moved(tmp_path: Path) -> None:
+    source = """
+    async def first(): note("first"); return "first"
+    async def second(): note("second"); return "second"
+
+    async def branch(given, functions):
+        return [await step("pick", fn) for fn in functions]
+
+    @workflow("moved")
+    async def flow(ctx):
+        found = []
+        for word in sys.argv[1].split():
+            if word == "front":
+                await step("front", lambda: None)
+            elif word == "branch":
+                found += (await asyncio.gather(branch(word, [second, first])))[0]
+            else:
+                found.append(await step("pick", {"first": first, "second": second}[word]))
+        return found
+
+    print(flow.options(run_id="r").run_sync())
+    """
+    program = write_program(source, tmp_path)
+    assert run_program(program, tmp_path, "first second").out.strip() == "['first', 'second']"
+    assert run_program(program, tmp_path, "front second first").out.strip() == "['second', 'first']"
+    assert run_program(program, tmp_path, "branch").out.strip() == "['second', 'first']"
+    assert sorted(notes(tmp_path)) == ["first", "second"]
