@@ -944,7 +944,7 @@ def test_a_late_result_of_a_sync_function_is_recorded_and_used_by_the_next_run(
     started = time.monotonic()
     with pytest.raises(StepTimeout):
         slow.run_sync()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     run = slow.runs()[0]
     assert run.status == "failed"
     flag("go")

@@ -138,7 +138,7 @@ def test_a_second_process_is_told_who_owns_the_run_and_takes_over_at_once_when_i
     began = time.monotonic()
     heir = processes.start(file)
     assert processes.end(heir).strip() == f"[{owner.pid}, {heir.pid}, {heir.pid}]"
-    assert time.monotonic() - began < 15, "the lease of 30 s was waited for"
+    assert time.monotonic() - began < 25, "the lease of 30 s was waited for"
     assert ran(tmp_path) == {"first": 1, "second": 2, "third": 1}
     assert runs.get(run.id).status == "completed"
 

@@ -92,7 +92,7 @@ def test_step_that_takes_longer_than_its_timeout_is_left_and_its_late_result_is_
 
     def slow() -> str:
         calls.append("slow")
-        free.wait(10)
+        free.wait(60)
         return "late"
 
     @workflow("timeout")
@@ -102,7 +102,7 @@ def test_step_that_takes_longer_than_its_timeout_is_left_and_its_late_result_is_
     start = time.monotonic()
     with pytest.raises(StepTimeout) as caught:
         flow.run()
-    assert time.monotonic() - start < 5 and isinstance(caught.value, TimeoutError)
+    assert time.monotonic() - start < 30 and isinstance(caught.value, TimeoutError)
     free.set()
     deadline = time.monotonic() + 10
     while True:
@@ -347,7 +347,7 @@ def test_running_the_same_run_twice_at_once_is_refused() -> None:
 
     def hold() -> int:
         inside.set()
-        free.wait(10)
+        free.wait(60)
         return 1
 
     @workflow("busy")
