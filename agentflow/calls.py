@@ -232,6 +232,10 @@ class Call(Coroutine[Any, Any, Any]):
             self._occ = blake2b(self.counted.encode(), digest_size=10).hexdigest()
         return self._occ
 
+    @occ.setter
+    def occ(self, value: str) -> None:
+        self._occ = value
+
     def __await__(self) -> Generator[Any, Any, Any]:
         if self.started:
             raise UsageError(f"step {self.name!r} was awaited twice. Keep its result in a variable.")

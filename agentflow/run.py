@@ -127,6 +127,7 @@ class Execution:
     _asks: dict[str, int] = field(default_factory=dict)
     _orders: Any = field(default_factory=itertools.count)
     _codes: set[str] = field(default_factory=set)
+    _ids: dict[str, set[str]] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _missed: dict[str, str] = field(default_factory=dict)
     _uuids: dict[str, list[int]] | None = None
@@ -315,16 +316,36 @@ class Execution:
             counts.pop(key, None)
 
     def own_slot(self, call: Call) -> Slot:
-        """The slot to which this call's next version is added."""
-        if call.slot is None:
+        """The slot to which this call's next version is added; fixes the call's id with it."""
+        slot = call.slot
+        if slot is None:
             place = call.place
             suffix = 0
             while self.records.at(call.ident, place) is not None:
                 suffix += 1
                 place = f"{call.place}x{suffix:x}"
-            call.slot = self.records.add(Slot(call.ident, place))
-            self.take(call, call.slot)
-        return call.slot
+            if suffix or self.records.slots(call.ident):
+                self._name_apart(call)
+            slot = call.slot = self.records.add(Slot(call.ident, place))
+            self.take(call, slot)
+        elif slot.n >= 0 and not self.scratch:
+            # What was recorded and paid for inside the version before is found under its id, wherever it stood.
+            call.occ = self.records.row(slot, slot.n).head["occ"]
+        return slot
+
+    def _name_apart(self, call: Call) -> None:
+        """Give a call that runs another id than the records of equal calls have.
+
+        One of them may have been taken by a call that stands elsewhere now, and with it what belongs to its id.
+        """
+        taken = self._ids.get(call.ident)
+        if taken is None:
+            slots = [slot for slot in self.records.slots(call.ident) if slot.n >= 0]
+            taken = self._ids[call.ident] = {self.records.row(slot, slot.n).head["occ"] for slot in slots}
+        counted, number = call.counted, 0
+        while call.occ in taken:
+            number += 1
+            call.counted, call.occ = f"{counted}~{number}", ""
 
     def counts(self, slot: Slot, n: int) -> bool:
         """Whether a version is neither dropped nor undone; while undoing goes on, an undone one still counts."""

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 import agentflow
-from agentflow import human_task, parallel, runs, step, tasks, workflow
+from agentflow import generate_content, human_task, parallel, runs, step, tasks, workflow
 from agentflow.errors import StepTimeout, UsageError, Waiting
 from agentflow.sync import human_task as human_task_sync
 from agentflow.sync import parallel as parallel_sync
 from agentflow.sync import step as step_sync
 from agentflow.sync import workflow as workflow_sync
+from agentflow.testing import FakeModel
 from tests.programs import notes, run_program, write_program
 
 # Fifty branches of three steps with the same names everywhere. ``pick`` is given nothing: all of them are
@@ -797,3 +798,35 @@ def test_steps_that_differ_in_their_function_alone_keep_their_own_records_when_m
     assert run_program(program, tmp_path, "front second first").out.strip() == "['second', 'first']"
     assert run_program(program, tmp_path, "branch").out.strip() == "['second', 'first']"
     assert sorted(notes(tmp_path)) == ["first", "second"]
+
+
+def test_a_call_asked_for_once_more_in_front_of_a_branch_is_paid_for_and_gets_an_answer_of_its_own() -> None:
+    """The one in front takes the record; the one in the branch must not get the same reply a second time."""
+    asked: list[str] = []
+
+    def answer(request: Any) -> str:
+        asked.append(request["text"])
+        return f"answer {len(asked)}"
+
+    async def branch(kind: str) -> str:
+        return await generate_content("Name a river.", model="openai:gpt-5-mini")
+
+    async def outer(kind: str) -> str:
+        return await step("outer", branch, "inner")
+
+    front: list[Any] = []
+
+    @workflow("in-front")
+    async def flow(ctx: Any) -> list[str]:
+        before = [await one("inner") for one in front]
+        return [*before, *await asyncio.gather(branch("inner"), outer("outer"))]
+
+    with FakeModel(answer):
+        first = flow.run_sync()
+        assert sorted(first) == ["answer 1", "answer 2"]
+        front[:] = [branch, outer]
+        second = flow.run_sync()
+        assert len(set(second)) == len(second) == 4 and len(asked) == 4
+        assert set(first) <= set(second)
+        front.clear()
+        assert set(flow.run_sync()) == set(first) and len(asked) == 4
