@@ -26,16 +26,17 @@ class ToolCall:
 
     Args:
         name: the tool's name.
-        arguments: a dict, or text that is sent as it is, such as broken JSON. None: the keyword arguments.
-        id: the provider's call id. None: one made from the request and the call's place in the reply, so that it is
+        arguments: a dict, or text that is sent as it is, such as broken JSON (which Anthropic's API cannot hold).
+            None: the keyword arguments.
+        call_id: the provider's id of the call. None: one made from the request and the call's place in the reply, so that it is
             the same after a restart.
         named: the arguments, by name.
     """
 
-    def __init__(self, name: str, arguments: Any = None, *, id: str | None = None, **named: Any) -> None:
+    def __init__(self, name: str, arguments: Any = None, /, *, call_id: str | None = None, **named: Any) -> None:
         self.name = name
         self.arguments = named if arguments is None else arguments
-        self.id = id
+        self.call_id = call_id
 
     @property
     def text(self) -> str:
@@ -200,7 +201,7 @@ def reply_body(
 def _add_calls(asked: Request, body: dict[str, Any], text: str, calls: Sequence[ToolCall]) -> None:
     """Puts calls of tools into a reply, in the provider's own form."""
     mark = digest(asked["body"])[:16]
-    ids = [call.id if call.id is not None else f"call_{mark}_{at}" for at, call in enumerate(calls)]
+    ids = [call.call_id if call.call_id is not None else f"call_{mark}_{at}" for at, call in enumerate(calls)]
     if asked["surface"] == "responses":
         items = [
             {"id": f"fc_{ident}", "type": "function_call", "status": "completed", "call_id": ident, "name": call.name,
