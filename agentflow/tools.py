@@ -79,7 +79,7 @@ def tool(fn: Any = None, /, *, name: Any = None, description: Any = None, approv
     compensation, is a step: write ``@step(retry=...)`` beneath ``@tool``.
 
     Args:
-        name: what the model calls it. None: the function's name.
+        name: what the model calls it. None: the function's name. Records of a ``@step`` keep the step's name.
         description: what the model is told it is for. None: the docstring, without its list of parameters.
         approval: who has to agree to each call before it runs: a name or a list of names, True for anybody. The
             person is shown the tool and the arguments of this one call; the run waits as for ``human_task``. A "no"
@@ -195,9 +195,7 @@ def _spec(item: Any, where: str) -> Spec:
         fn, step, options = fn.fn, fn.name, fn._options
     bare = fn.func if isinstance(fn, functools.partial) else fn
     if name is None:
-        name = step if step is not None and _NAME.fullmatch(step) else getattr(bare, "__name__", None)
-        if isinstance(fn, functools.partial):
-            name = None
+        name = None if isinstance(fn, functools.partial) else getattr(fn, "__name__", None)
     where = f"{where} ({name or getattr(fn, '__name__', None) or type(fn).__name__})"
     _check_function(fn, bare, name, options, where)
     assert name is not None

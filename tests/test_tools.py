@@ -218,7 +218,7 @@ def weather_again(city: str) -> None: ...
         ([generate_content], "is a model call"),
         ([weather, tool(name="weather")(weather_again)], "two of them are called 'weather'"),
         ([functools.partial(weather, days=2)], "has no name"),
-        ([step("not a name!")(weather_again), tool(name="weather_again")(weather)], "two of them"),
+        ([step("a step")(weather_again), tool(name="weather_again")(weather)], "two of them"),
         ({"weather": weather}, "a list of typed functions"),
         ("weather", "a list of typed functions"),
     ],
@@ -464,7 +464,7 @@ async def test_an_effect_that_would_run_twice_is_refused_and_not_told_to_the_mod
 
 
 async def test_a_step_as_tool_is_tried_again_as_it_says() -> None:
-    @step("flaky", retry=Retry(max_attempts=3, initial_delay=0.001))
+    @step("a flaky step", retry=Retry(max_attempts=3, initial_delay=0.001))
     async def flaky(n: int) -> int:
         """Flaky."""
         ran.append(current_step().attempt)
@@ -478,7 +478,7 @@ async def test_a_step_as_tool_is_tried_again_as_it_says() -> None:
 
     with FakeModel([ToolCall("flaky", n=4), "4"]) as fake:
         assert await flow.run() == "4"
-    (record,) = [one for one in runs.list()[0].steps if one.name == "flaky"]
+    (record,) = [one for one in runs.list()[0].steps if one.name == "a flaky step"]
     assert ran == [1, 2, 3] and record.attempts == 3 and told(fake.calls[1]["body"]) == ["4"]
 
 
