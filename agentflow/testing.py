@@ -28,8 +28,8 @@ class ToolCall:
         name: the tool's name.
         arguments: a dict, or text that is sent as it is, such as broken JSON (which Anthropic's API cannot hold).
             None: the keyword arguments.
-        call_id: the provider's id of the call. None: one made from the request and the call's place in the reply, so that it is
-            the same after a restart.
+        call_id: the provider's id of the call. None: one made from the request and the call's place in the reply, so
+            that it is the same after a restart.
         named: the arguments, by name.
     """
 
@@ -57,7 +57,7 @@ class FakeModel:
         replies: one for each call, in the order in which they arrive, or one function that answers
             all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
             provider's reply as a dict, sent as it is; an HTTP status or a ``ModelError`` to fail
-            with; a ``ToolCall``, or a list of texts and tool calls, which the model makes at once;
+            with; a ``ToolCall``, or a list of texts and tool calls made at once;
             ``Truncated("text so far")``, ``Refused(...)``, ``ContentFiltered(...)``; a
             ``ConnectionError`` or ``TimeoutError``; or a function, also async, that is given the
             request and returns any of these.

@@ -12,6 +12,7 @@ import json
 import re
 import types
 import typing
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Generic, ParamSpec, TypeVar, overload
 
@@ -200,21 +201,52 @@ def _spec(item: Any, where: str) -> Spec:
     _check_function(fn, bare, name, options, where)
     assert name is not None
     signature, hints = _signature(fn, bare, where)
-    summary, about = _docstring(bare)
-    arguments, usual = _arguments(fn, name, signature, hints, about, where)
-    parameters, strict = _schema(arguments, usual, where)
+    holder = getattr(fn, "__func__", fn)
+    facts = (name, inspect.getdoc(fn), hints, *((one.name, one.kind) for one in signature.parameters.values()))
+    usual = {one.name: one.default for one in signature.parameters.values() if one.default is not _EMPTY}
+    known = _known.get(holder) if type(holder) is types.FunctionType else None
+    if known is not None and known[0] == facts and all(known[1].usual.get(one, _EMPTY) is usual[one] for one in usual):
+        described = known[1]
+    else:
+        described = _describe(fn, bare, name, signature, hints, where)
+        if type(holder) is types.FunctionType:
+            _known[holder] = (facts, described)
     return Spec(
         name=name,
         step=step or name,
-        description=description or summary,
+        description=description or described.summary,
         fn=fn,
         options=options,
         approval=approval,
-        arguments=arguments,
-        usual=usual,
-        parameters=parameters,
-        strict=strict,
+        arguments=described.arguments,
+        usual=described.usual,
+        parameters=described.parameters,
+        strict=described.strict,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Described:
+    """What a function's signature and docstring say; see ``Spec``."""
+
+    summary: str
+    arguments: Any
+    usual: dict[str, Any]
+    parameters: dict[str, Any]
+    strict: bool
+
+
+# Making a schema takes milliseconds, and a replay asks for it as often as the first run did.
+_known: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], _Described]] = weakref.WeakKeyDictionary()
+
+
+def _describe(
+    fn: Any, bare: Any, name: str, signature: inspect.Signature, hints: dict[str, Any], where: str
+) -> _Described:
+    summary, about = _docstring(bare)
+    arguments, usual = _arguments(fn, name, signature, hints, about, where)
+    parameters, strict = _schema(arguments, usual, where)
+    return _Described(summary, arguments, usual, parameters, strict)
 
 
 def _check_function(fn: Any, bare: Any, name: str | None, options: Options, where: str) -> None:

@@ -255,6 +255,22 @@ def test_a_decorated_tool_stays_the_function_it_was() -> None:
     assert sync.tool is agentflow.tool
 
 
+def test_a_tool_that_was_edited_in_place_is_described_anew() -> None:
+    def find(city: str, days: int = 1) -> str:
+        """Find it."""
+        return city
+
+    (before,) = describe(MODELS[2], find)
+    assert describe(MODELS[2], find) == [before]
+    find.__doc__ = "Find it soon."
+    find.__defaults__ = (2,)
+    find.__annotations__["city"] = list[str]
+    (after,) = describe(MODELS[2], find)
+    assert after["description"] == "Find it soon."
+    assert after["input_schema"]["properties"]["days"]["default"] == 2
+    assert after["input_schema"]["properties"]["city"]["type"] == "array"
+
+
 # -- the loop
 
 
