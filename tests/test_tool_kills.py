@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agentflow import runs
 from tests.loopback import Loopback
 from tests.programs import notes, run_program, start_program
 
@@ -123,6 +124,11 @@ def test_killed_between_two_posts_nothing_is_bought_again(where: str, form: str,
         ended = run_program(PROGRAM, tmp_path, env=env)
         assert ended.out.strip() == "done"
         check(tmp_path, server, None, where)
+    if form != "scratch":
+        (run,) = runs.list()
+        costs = [one.cost for one in run.steps if one.kind == "ai"]
+        (talk,) = [one for one in run.steps if one.kind == "agent"]
+        assert talk.cost == run.cost == sum(filter(None, costs)) > 0
 
 
 @pytest.mark.parametrize(
@@ -140,5 +146,7 @@ def test_killed_in_a_turn_that_turn_alone_is_bought_again(turn: int, model: str,
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         ended = run_program(PROGRAM, tmp_path, env=env)
-        assert ended.out.strip() == "done" and "in doubt" in ended.err
+        assert ended.out.strip() == "done"
+        # The conversation around the turn does nothing itself that could be in doubt.
+        assert ended.err.count("in doubt: it was") == 1 and f"turn {turn}: in doubt" in ended.err
         check(tmp_path, server, turn, "nowhere")
