@@ -791,6 +791,22 @@ async def test_two_calls_with_one_request_and_other_tools_keep_their_own_answers
     assert ran == [("north", "tea"), ("south", "tea")] and len(fake.calls) == 4
 
 
+async def test_a_tool_that_holds_something_else_runs_again_and_its_paid_turn_is_reused(again: Callable[[], None]) -> None:
+    where = ["north"]
+
+    @workflow("moved")
+    async def flow(ctx: Context) -> str:
+        return await _ask(_Shop(where[0]).stock)
+
+    with FakeModel([ToolCall("stock", item="tea"), "north"]):
+        assert await flow.run() == "north"
+    where[0] = "south"
+    again()
+    with FakeModel(["south"]) as fake:
+        assert await flow.run() == "south"
+    assert told(fake.calls[0]["body"]) == ["south has tea"] and ran == [("north", "tea"), ("south", "tea")]
+
+
 async def test_one_turn_or_one_tool_can_be_done_anew(again: Callable[[], None]) -> None:
     @workflow("anew")
     async def flow(ctx: Context) -> str:
