@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from agentflow.records import Decision, HumanTask, Retry, StepRecord
     from agentflow.settings import configure
     from agentflow.steps import parallel, step
+    from agentflow.tools import tool
 
     generateContent = generate_content
     humanTask = human_task
@@ -59,6 +60,7 @@ _HOME = {
     "parallel": "steps",
     "register_type": "codec",
     "step": "steps",
+    "tool": "tools",
     "workflow": "flow",
 }
 _MODULES = ("errors", "providers", "runs", "tasks")
@@ -89,6 +91,7 @@ __all__ = [
     "runs",
     "step",
     "tasks",
+    "tool",
     "workflow",
     *_errors,
 ]

@@ -1,4 +1,7 @@
-"""``generate_content``: a model call as a step of its own. Its request is what it was given."""
+"""``generate_content``: a model call as a step of its own. Its request is what it was given.
+
+With tools it is a step around others: what the tools hold counts as given too, see ``agent.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import codedigest, generate, prompts
+from agentflow import agent, codedigest, generate, prompts
 from agentflow import files as files_in_records
 from agentflow.blocking import portal
 from agentflow.calls import PLAIN, Call, Current, Options, here
-from agentflow.capture import data_digest, data_text
+from agentflow.capture import capture, data_digest, data_text
+from agentflow.codedigest import code_of
 from agentflow.durations import Duration
 from agentflow.journal import Add
 from agentflow.records import Retry, retry_of
@@ -40,15 +44,15 @@ class _Recorder:
         found = [orjson.loads(text) for _, text in ex.journal.scan(self._prefix)]
         self._count = len(found)
         found = found or self._other_form()
+        priced = [Decimal(raw["cost"]) for raw in found if raw["cost"] is not None]
+        ex.totals.saved += sum(priced)
         step: Current | None = self._current if found else None
         while step is not None:
             step.lent += len(found)
             step.used_model = True
+            if priced:
+                step.cost = (step.cost or 0) + sum(priced)
             step = step.parent
-        for raw in found:
-            if raw["cost"] is not None:
-                ex.totals.saved += Decimal(raw["cost"])
-                self._current.cost = (self._current.cost or 0) + Decimal(raw["cost"])
         return found
 
     def _other_form(self) -> list[dict[str, Any]]:
@@ -92,6 +96,9 @@ def _transient(exc: BaseException) -> bool:
 
 
 _RETRY = Retry(max_attempts=generate.RETRY_ATTEMPTS, initial_delay=0.5, max_delay=30, retry_if=_transient)
+
+# A conversation is not tried again as a whole: each turn is, and what a failed one has brought is used.
+_AGENT = Options(thread=False, retry=Retry(max_attempts=1, resample=False))
 
 
 @overload
@@ -202,14 +209,18 @@ def generate_content(
         output_type: ``str``, a pydantic model, any type a TypeAdapter takes, ``Reply`` or ``Reply[T]``.
         files: paths or bytes of images (png, jpeg, gif, webp), PDF and UTF-8 text, shown before the prompt. They
             count by content: a renamed file is the same file, and its name is not sent.
-        tools, background, batch: not built yet; using one is an error before anything is sent.
+        tools: typed functions that the model may call, sync or async; ``@tool`` says more about one, and a ``@step``
+            keeps its options. The model is asked again with their results until it answers. Each turn (``turn 1``,
+            ``turn 2``...) and each call of a tool is a record of its own, found again after a crash. What a tool
+            raises is told to the model, and so are arguments that do not fit.
+        background, batch: not built yet; using one is an error before anything is sent.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it.
         reasoning: a word such as ``"low"``, or the provider's settings as a dict.
         timeout: seconds or a duration for one POST. None: ten minutes or more.
         retry: None: 3 attempts for transient errors, Retry-After honoured; 1 inside a step with its own retry.
-        max_turns: for tools.
+        max_turns: how many turns a call with tools may take, then ``TooManyTurns``; a larger number goes on from there.
         reask: how often a reply that does not validate is asked about again.
         sample: a number that asks for a deliberate repeat of the same request.
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
@@ -219,7 +230,7 @@ def generate_content(
 
     Raises:
         UsageError, UnknownModel: before anything is sent.
-        Truncated, Refused, ContentFiltered, InvalidReply, ModelError: with ``.reply`` and ``.status``.
+        Truncated, Refused, ContentFiltered, InvalidReply, TooManyTurns, ModelError: with ``.reply`` and ``.status``.
     """
     prepared = generate.prepare(
         prompt,
@@ -242,9 +253,14 @@ def generate_content(
         on_text=on_text,
         extra=extra,
     )
+    policy = retry_of(retry)
+    return _turns(prepared, policy, on_text) if prepared.tools else _once(prepared, policy, on_text)
+
+
+def _once(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str], Any] | None) -> Call:
+    """The step of one model call, or of one turn."""
     place = here.get()
     ex = place.ex if place is not None else scratch()
-    policy = retry_of(retry)
     if policy is None:
         policy = None if _retrying(place.outer if place is not None else None) else _RETRY
     kind = Call if on_text is None else _Streamed
@@ -271,7 +287,7 @@ def generate_content(
     call.fn = ask
 
     def finish(final: Any) -> Any:
-        value = generate.finish(prepared, final)
+        value = final if prepared.tools else generate.finish(prepared, final)
         if listener is not None:
             if listener.error is not None:
                 raise listener.error
@@ -281,6 +297,42 @@ def generate_content(
 
     call.finish = finish
     ex.locate(call, call.digest)
+    call.started = False
+    return call
+
+
+def _no_function(**given: Any) -> None:
+    """What stands for the loop where it is written down what an agent call was given."""
+
+
+def _turns(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str], Any] | None) -> Call:
+    """The step of a call with tools, around its turns and their calls of tools."""
+    agent.refuse_outside(prepared)
+    place = here.get()
+    ex = place.ex if place is not None else scratch()
+    functions = tuple(spec.fn for spec in prepared.tools)
+    identity = prepared.identity
+    made = agent.Agent(prepared, lambda turn: _once(turn, policy, on_text), agent.perform)
+    captured = capture(_no_function, (), {"request": identity, "tools": list(functions)})
+    call = AgentCall(ex, prepared.name, made.run, functions, {}, _AGENT, "agent")
+    call.started = True
+    call.agent = made
+    call.capture, call.code = captured, code_of(made.run, functions)
+    call.request, call.max_turns = identity, prepared.max_turns
+    call.given, call.digest = captured.text, captured.digest
+    call.policy = "auto" if ex.on_change == "error" and place is not None and place.outer is not None else ex.on_change
+
+    def finish(final: Any) -> Any:
+        value = generate.finish(prepared, final)
+        if on_text is not None and not made.ran and not ex.plan:
+            for text in final["said"]:
+                call.tell(on_text, text)
+        return value
+
+    call.finish = finish
+    ex.locate(call, call.digest, inside=data_digest(identity))
+    if captured.opaque:
+        ex.say_once(f"{call.name}: not compared, having no data form: {', '.join(captured.opaque[:4])}")
     call.started = False
     return call
 
@@ -309,6 +361,13 @@ class _Streamed(Call):
         return value
 
 
+class AgentCall(_Streamed):
+    """A call with tools. ``agent`` knows who performs its turns."""
+
+    __slots__ = ("agent",)
+    agent: agent.Agent
+
+
 async def _await(waiting: Any) -> None:
     await waiting
 
@@ -316,7 +375,7 @@ async def _await(waiting: Any) -> None:
 def _retrying(current: Current | None) -> bool:
     while current is not None:
         retry = current.call.options.retry
-        if retry is not None and retry.max_attempts > 1 and current.call.kind == "step":
+        if retry is not None and retry.max_attempts > 1 and current.call.kind in ("step", "tool"):
             return True
         current = current.parent
     return False

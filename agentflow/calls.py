@@ -175,6 +175,7 @@ class Call(Coroutine[Any, Any, Any]):
         "ident",
         "kind",
         "kwargs",
+        "max_turns",
         "name",
         "options",
         "place",
@@ -215,6 +216,7 @@ class Call(Coroutine[Any, Any, Any]):
         self.policy = "auto"
         self.wait: Callable[[], Any] | None = None
         self.why: str | None = None
+        self.max_turns = 0
         # Set by the engine when it locates the call.
         self.here: Here
         self.ident = self.place = self.counted = self.given = self.digest = ""

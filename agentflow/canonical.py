@@ -268,7 +268,7 @@ class Encoder:
             return {"~sub": [bare_name(t), self._mapping(v)]}
         if isinstance(v, BaseException):
             return {"~exc": [bare_name(t), [self.encode(x) for x in v.args]]}
-        if marked(v, "__agentflow_step__") and hasattr(v, "fn"):
+        if (marked(v, "__agentflow_step__") or marked(v, "__agentflow_tool__")) and hasattr(v, "fn"):
             return self.encode(v.fn)
         if marked(v, "__agentflow_workflow__"):
             return {"~sub": ["workflow", self.encode(v.__agentflow_given__())]}

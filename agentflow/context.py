@@ -31,10 +31,10 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
             output = codec.look(row.output)
         except Exception as error:  # a type that is gone must not hide the rest of the record
             output = f"<{error}>"
-    if head["kind"] == "ai" and isinstance(output, dict):
+    if head["kind"] in ("ai", "agent") and isinstance(output, dict):
         from agentflow.models import Usage
 
-        usage, output = Usage(**output["usage"]), output["text"]
+        usage, output = Usage(**output["usage"]), output.get("calls") or output["text"]
     failed = head.get("error")
     return StepRecord(
         name=head["name"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import inspect
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
@@ -371,6 +372,9 @@ def _innermost(coro: Any) -> Any:
     while coro is not None:
         if isinstance(coro, Call):
             coro = coro._it
+            continue
+        if type(coro).__name__ == "coroutine_wrapper":  # what __await__ gives has no attribute for its coroutine
+            coro = next(iter(gc.get_referents(coro)), None)
             continue
         frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None) or getattr(coro, "ag_frame", None)
         if frame is not None:

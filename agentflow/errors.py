@@ -34,7 +34,8 @@
         ├── Truncated           the reply was cut off by a token limit
         ├── Refused             the model refused
         ├── ContentFiltered     the provider's filter stopped the reply
-        └── InvalidReply        the reply does not validate against ``output_type``
+        ├── InvalidReply        the reply does not validate against ``output_type``
+        └── TooManyTurns        the model still asks for tools after ``max_turns`` turns
 """
 
 from __future__ import annotations
@@ -250,6 +251,17 @@ class ContentFiltered(ModelError):
 
 class InvalidReply(ModelError):
     """The reply does not validate against ``output_type``; ``reply.text`` is what came."""
+
+
+class TooManyTurns(ModelError):
+    """The model still asks for tools in the last turn that ``max_turns`` allows; these were not called.
+
+    ``reply`` holds the conversation. With a larger ``max_turns`` the call goes on and pays for further turns only.
+    """
+
+    def __init__(self, message: str, *, max_turns: int = 0, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.max_turns = max_turns
 
 
 __all__ = [

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any, Protocol, get_args, get_origin
 
 from agentflow import providers, schema
+from agentflow import tools as tools_
 from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, InvalidReply, ModelError, Refused, Truncated, UsageError
 from agentflow.files import load as load_files
@@ -25,7 +26,7 @@ from agentflow.prompts import Prompt
 from agentflow.providers.common import Ask, Parts, digest
 
 RETRY_ATTEMPTS = 3
-_LATER = ("tools", "background", "batch")
+_LATER = ("background", "batch")
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class Call:
         reask: how many times a reply that does not validate is asked about again.
         timeout: seconds for one POST; None leaves it to the provider's file.
         name: the name of the step.
+        tools: what the model may call; a call with tools is made turn by turn, by ``agent.py``.
+        max_turns: how many turns such a call may take; no part of what is asked.
     """
 
     request: dict[str, Any]
@@ -46,6 +49,8 @@ class Call:
     reask: int
     timeout: float | None
     name: str
+    tools: tuple[tools_.Spec, ...] = ()
+    max_turns: int = 10
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,7 +97,10 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
-    given = {"tools": tools, "background": background, "batch": batch}
+    given: dict[str, Any] = {"background": background, "batch": batch}
+    box = tools_.toolbox(tools)
+    if box and (background or batch):
+        raise UsageError("tools= together with background= or batch= is not supported. Nothing was sent.")
     for option in _LATER:
         if given[option] is not None and given[option] is not False and given[option] != () and given[option] != []:
             raise UsageError(f"generate_content({option}=...) is not supported yet. Nothing was sent.")
@@ -130,6 +138,7 @@ def prepare(
             temperature=temperature,
             reasoning=reasoning,
             files=shown,
+            tools=box,
         )
     )
     request: dict[str, Any] = {"provider": provider_name, "model": model_name, "body": _with_extra(body, extra or {})}
@@ -141,6 +150,8 @@ def prepare(
         reask=reask,
         timeout=limit,
         name=name or "generate_content",
+        tools=box,
+        max_turns=max_turns,
     )
 
 
@@ -153,7 +164,8 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
     it is; one that answers a question about an earlier reply only where that question is the same.
 
     Returns:
-        Plain JSON data for :func:`finish`, to be recorded as the call's outcome.
+        Plain JSON data for :func:`finish`, to be recorded as the call's outcome. Where the model asks for tools
+        that it was given, ``calls`` lists what it asks for: ``id``, ``name`` and ``arguments`` of each.
 
     Raises:
         Truncated, Refused, ContentFiltered, InvalidReply: what came is in ``.reply``.
@@ -188,6 +200,8 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
             "added": added,
         }
         _stop_unless_answered(call, raw, parts, final)
+        if call.tools and parts.calls:
+            return {**final, "calls": parts.calls}
         try:
             schema.validate(parts.text, _wanted(call.output_type))
             return final
@@ -420,6 +434,11 @@ def _invalid(call: Call, final: dict[str, Any], exc: Exception, raw: dict[str, A
         code="invalid_reply",
         request_id=raw.get("request_id") if raw else None,
     )
+
+
+def reply_of(call: Call, final: dict[str, Any]) -> Reply[Any]:
+    """What came so far, for an error to carry."""
+    return _reply(call, final, None)
 
 
 def _reply(call: Call, final: dict[str, Any], value: Any) -> Reply[Any]:

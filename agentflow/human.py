@@ -39,9 +39,20 @@ _TYPES = 4096
 
 
 def human_call(
-    type: str, assign_to: Any, data: Any, title: str | None, schema: Any, timeout: Duration | None, on_timeout: Any
+    type: str,
+    assign_to: Any,
+    data: Any,
+    title: str | None,
+    schema: Any,
+    timeout: Duration | None,
+    on_timeout: Any,
+    *,
+    key: str | None = None,
 ) -> Call:
-    """The call behind ``human_task``; checks everything before a task is opened."""
+    """The call behind ``human_task``; checks everything before a task is opened.
+
+    ``key`` tells apart tasks that show the same; it is not shown.
+    """
     if not isinstance(type, str) or not type.strip():
         raise UsageError(f'human_task(type={type!r}): a word such as "approve", "review" or "input".')
     names = [assign_to] if isinstance(assign_to, str) or assign_to is None else assign_to
@@ -60,6 +71,8 @@ def human_call(
     shown = codec.encode(data, where="data")
     form = _form(schema)
     fields = {"type": type, "assign_to": assign_to, "title": title, "data": data, "schema": form}
+    if key is not None:
+        fields["key"] = key
     ex = place.ex
     call = Call(ex, title or type, None, (), {}, PLAIN, "human")
     call.started = True
@@ -73,7 +86,7 @@ def human_call(
         "data": shown,
         "digest": data_digest(data),
     }
-    call.wait = lambda: _wait(call, facts, limit, schema=schema)
+    call.wait = lambda: _wait(call, facts, limit, schema=schema, keyed=key is not None)
     call.finish = lambda outcome: _outcome(call, outcome, schema, on_timeout)
     ex.locate(call, call.digest)
     call.started = False
@@ -101,14 +114,17 @@ def command(ident: str, form: dict[str, Any] | None) -> str:
     return f"agentflow tasks answer {ident} {shlex.quote(schema_.sketch(form))}"
 
 
-def _wait(call: Call, facts: dict[str, Any], limit: float | None, again: int = 0, schema: Any = None) -> Wait:
+def _wait(
+    call: Call, facts: dict[str, Any], limit: float | None, again: int = 0, schema: Any = None, keyed: bool = False
+) -> Wait:
     ex = call.ex
     ident = task_id(call, again)
     found = read(ex, ident)
     if (found is None or found["status"] == "withdrawn") and (same := _same_question(call)) is not None:
         ident, found = same["id"], same
     if found is None or found["status"] == "withdrawn":
-        _refuse_endless(call)
+        if not keyed:  # one with a key shows what a model wrote, which is recorded: no clock can be in it
+            _refuse_endless(call)
         found = _open(call, ident, facts, limit)
     ex.asked_tasks.add(ident)
     call.extra_ops = (*call.extra_ops, Put(_used(ex, ident), ex.own_slot(call).id))

@@ -165,7 +165,7 @@ def like(call: Call) -> Slot | None:
     from agentflow.compare import differences
 
     ex = call.ex
-    if call.kind not in ("step", "ai") or not call.given:
+    if call.kind not in ("step", "ai", "agent", "tool") or not call.given:
         return None
     lent: list[tuple[Slot, list[Any]]] = []
     moment = _MOMENT.search(call.given) is not None

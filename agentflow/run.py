@@ -150,8 +150,11 @@ class Execution:
 
     # -- where a call stands ---------------------------------------------------------------
 
-    def locate(self, call: Call, given: str) -> None:
-        """Fix ident and place of a call at the moment it is made, and claim an exact record."""
+    def locate(self, call: Call, given: str, inside: str | None = None) -> None:
+        """Fix ident and place of a call at the moment it is made, and claim an exact record.
+
+        ``inside``: what names the scope of the steps inside the call; None: what it was given.
+        """
         place, task = self.stand()
         call.here, call.task = place, task
         self.asked += 1
@@ -162,9 +165,10 @@ class Execution:
             ns = ("n" if place.scope else "r") + short(f"{place.scope}\0{call.name}", NS - 1)
             self._ns[place.scope, call.name] = ns
         call.ident = ident = ns + given[:GIVEN]
+        scope = ident if inside is None else ns + inside[:GIVEN]
         if self.scratch and not place.scope:
-            call.place = f"{self._in_cell(ident):x}"
-            call.counted = f"{ident}{call.place}"
+            call.place = f"{self._in_cell(scope):x}"
+            call.counted = f"{scope}{call.place}"
             return
         ident = self.records.same(ident)
         repeat = place.repeats.get(ident, 0)
@@ -183,7 +187,8 @@ class Execution:
             self.take(call, slot)
             call.slot = slot
             ident = slot.ident
-        counted = ident if place.branch == "0" else f"{place.branch}{ident}"
+        scope = ident if inside is None else scope
+        counted = scope if place.branch == "0" else f"{place.branch}{scope}"
         count = self._asks.get(counted, 0)
         self._asks[counted] = count + 1
         call.counted = f"{counted}#{count}"
@@ -360,7 +365,10 @@ class Execution:
 
     def again(self, call: Call, head: dict[str, Any]) -> str | None:
         """Why a recorded failure is tried again; None replays it."""
-        if self.scratch:
+        limit = head["error"]["data"].get("max_turns") if call.max_turns else None
+        if isinstance(limit, int) and limit < call.max_turns:
+            return f"max_turns was {limit}"
+        if self.scratch and call.kind != "tool":  # what failed in a tool was told to the model, which went on with it
             return "it failed last time"
         outer = call.here.outer
         if outer is not None and head.get("around", outer.around) != outer.around:
@@ -531,13 +539,13 @@ class Execution:
 
     def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> None:
         """Mark that an attempt starts."""
-        if not self.scratch and call.wait is None:
+        if not self.scratch and call.wait is None and call.kind != "agent":  # what is inside has marks of its own
             line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "a": current.attempt, "s": order, "t": self.clock()}
             self.journal.mark(self.run_id, orjson.dumps(line).decode())
 
     def unstart(self, call: Call, slot: Slot, current: Current) -> None:
         """The attempt was left because its run suspends: waiting inside it leaves nothing in doubt."""
-        if self.scratch or call.wait is not None:
+        if self.scratch or call.wait is not None or call.kind == "agent":
             return
         self.journal.mark(self.run_id, orjson.dumps({"o": call.occ, "v": -1, "n": call.name}).decode())
         if call.options.in_doubt != "rerun":

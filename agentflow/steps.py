@@ -8,7 +8,10 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
+import orjson
+
 from agentflow.calls import ON_CHANGE, PLAIN, Call, Options, here
+from agentflow.canonical import dumps, short_digest
 from agentflow.capture import capture
 from agentflow.codedigest import code_of
 from agentflow.drive import branch_label, coroutine_label
@@ -82,9 +85,19 @@ def options_of(given: Mapping[str, Any], where: str) -> Options:
 
 
 def make_call(
-    name: Any, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, kind: str = "step"
+    name: Any,
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    kind: str = "step",
+    *,
+    also: dict[str, Any] | None = None,
 ) -> Call:
-    """A located call in the run that is executing here, or in the project's scratch scope."""
+    """A located call in the run that is executing here, or in the project's scratch scope.
+
+    ``also``: more that counts as given, beside what the function is given.
+    """
     if not isinstance(name, str):
         raise UsageError(f'step name {name!r} is not text. Write step("name", fn, ...).')
     if not name.strip():
@@ -101,9 +114,12 @@ def make_call(
     call.capture = captured
     call.code = code_of(fn, args, kwargs)
     call.given, call.digest = captured.text, captured.digest
+    if also is not None:
+        given = dumps({**orjson.loads(captured.text), **also})
+        call.given, call.digest = given.decode(), short_digest(given)
     call.policy = options.on_change or ex.on_change
     key = options.idempotency_key
-    ex.locate(call, captured.digest if key is None else short(f"key:{key}", 20))
+    ex.locate(call, call.digest if key is None else short(f"key:{key}", 20))
     if captured.opaque:
         ex.say_once(f"{name}: not compared, having no data form: {', '.join(captured.opaque[:4])}")
     call.started = False

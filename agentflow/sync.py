@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from agentflow import aicall, flow, human, runs, steps, tasks
+from agentflow import agent, aicall, flow, human, runs, steps, tasks
 from agentflow.blocking import count_going, drive_blocking, leave, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
@@ -33,6 +33,7 @@ from agentflow.models import Reply
 from agentflow.prompts import Prompt, load_prompt
 from agentflow.records import Decision, Retry
 from agentflow.settings import configure
+from agentflow.tools import tool
 from agentflow.workers import threads
 
 
@@ -43,7 +44,29 @@ def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any
 
 def generate_content(prompt: Any, **options: Any) -> Any:
     """``agentflow.generate_content`` for plain code: returns the answer."""
-    return drive_blocking(aicall.generate_content(prompt, **options))
+    call = aicall.generate_content(prompt, **options)
+    if isinstance(call, aicall.AgentCall):
+        call.agent.driver = _perform
+    return drive_blocking(call)
+
+
+def _perform(script: agent.Script) -> Any:
+    """``agent.perform`` in plain code."""
+    send: Any = script.send
+    value: Any = None
+    while True:
+        try:
+            effect = send(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            if isinstance(effect, agent.Branches):
+                value = parallel({label: functools.partial(_perform, one) for label, one in effect.scripts.items()})
+            else:
+                value = drive_blocking(effect)
+            send = script.send
+        except BaseException as error:
+            send, value = script.throw, error
 
 
 generate_content.__agentflow_model_call__ = True  # type: ignore[attr-defined]
@@ -198,5 +221,5 @@ parallel = _Parallel()
 __all__ = [
     "Context", "Decision", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
     "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
-    "step", "tasks", "workflow",
+    "step", "tasks", "tool", "workflow",
 ]  # fmt: skip

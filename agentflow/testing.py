@@ -13,12 +13,39 @@ from typing import Any
 from agentflow import schema
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
-from agentflow.providers.common import asking, use_transport
+from agentflow.providers.common import asking, digest, use_transport
 
-__all__ = ["FakeModel", "reply_body", "request_of", "sse"]
+__all__ = ["FakeModel", "ToolCall", "reply_body", "request_of", "sse"]
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
+
+
+class ToolCall:
+    """A call of a tool that the model asks for: ``ToolCall("look_up", city="Oslo")``.
+
+    Args:
+        name: the tool's name.
+        arguments: a dict, or text that is sent as it is, such as broken JSON (which Anthropic's API cannot hold).
+            None: the keyword arguments.
+        call_id: the provider's id of the call. None: one made from the request and the call's place in the reply, so
+            that it is the same after a restart.
+        named: the arguments, by name.
+    """
+
+    def __init__(self, name: str, arguments: Any = None, /, *, call_id: str | None = None, **named: Any) -> None:
+        self.name = name
+        self.arguments = named if arguments is None else arguments
+        self.call_id = call_id
+
+    @property
+    def text(self) -> str:
+        """The arguments as the model writes them."""
+        arguments = self.arguments
+        return arguments if isinstance(arguments, str) else json.dumps(schema.plain(arguments, "arguments"))
+
+    def __repr__(self) -> str:
+        return f"ToolCall({self.name!r}, {self.arguments!r})"
 
 
 class FakeModel:
@@ -30,7 +57,8 @@ class FakeModel:
         replies: one for each call, in the order in which they arrive, or one function that answers
             all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
             provider's reply as a dict, sent as it is; an HTTP status or a ``ModelError`` to fail
-            with; ``Truncated("text so far")``, ``Refused(...)``, ``ContentFiltered(...)``; a
+            with; a ``ToolCall``, or a list of texts and tool calls made at once;
+            ``Truncated("text so far")``, ``Refused(...)``, ``ContentFiltered(...)``; a
             ``ConnectionError`` or ``TimeoutError``; or a function, also async, that is given the
             request and returns any of these.
         delay: seconds before each answer.
@@ -140,7 +168,13 @@ def request_of(path: str, body: dict[str, Any]) -> Request:
 
 
 def reply_body(
-    asked: Request, text: str, *, finish: str = "stop", refusal: str | None = None, number: int = 1
+    asked: Request,
+    text: str,
+    *,
+    finish: str = "stop",
+    refusal: str | None = None,
+    number: int = 1,
+    calls: Sequence[ToolCall] = (),
 ) -> dict[str, Any]:
     """A reply in the JSON of the provider that was asked.
 
@@ -150,14 +184,46 @@ def reply_body(
         finish: ``stop``, ``length`` or ``content_filter``.
         refusal: words of a refusal, instead of an answer.
         number: makes the ids differ.
+        calls: tools that the model asks for.
 
     Usage is made up: a token for every four characters.
     """
     read = max(1, len(json.dumps(asked["body"])) // 4)
-    wrote = max(1, len(text or refusal or "") // 4)
+    wrote = max(1, (len(text or refusal or "") + sum(len(call.text) for call in calls)) // 4)
     make = {"responses": _responses, "chat": _chat}.get(asked["surface"], _anthropic)
     reason = _LENGTH[asked["surface"]] if finish == "length" else finish
-    return make(asked["model"], text, reason, refusal, number, read, wrote)
+    body = make(asked["model"], text, reason, refusal, number, read, wrote)
+    if calls:
+        _add_calls(asked, body, text, calls)
+    return body
+
+
+def _add_calls(asked: Request, body: dict[str, Any], text: str, calls: Sequence[ToolCall]) -> None:
+    """Puts calls of tools into a reply, in the provider's own form."""
+    mark = digest(asked["body"])[:16]
+    ids = [call.call_id if call.call_id is not None else f"call_{mark}_{at}" for at, call in enumerate(calls)]
+    if asked["surface"] == "responses":
+        items = [
+            {"id": f"fc_{ident}", "type": "function_call", "status": "completed", "call_id": ident, "name": call.name,
+             "arguments": call.text}
+            for ident, call in zip(ids, calls, strict=True)
+        ]  # fmt: skip
+        body["output"] = [*(body["output"] if text else []), *items]
+    elif asked["surface"] == "chat":
+        choice = body["choices"][0]
+        choice["finish_reason"] = "tool_calls"
+        choice["message"]["content"] = text or None
+        choice["message"]["tool_calls"] = [
+            {"id": ident, "type": "function", "function": {"name": call.name, "arguments": call.text}}
+            for ident, call in zip(ids, calls, strict=True)
+        ]
+    else:
+        body["stop_reason"] = "tool_use"
+        body["content"] = [*(body["content"] if text else [])] + [
+            {"type": "tool_use", "id": ident.replace("call_", "toolu_", 1), "name": call.name,
+             "input": json.loads(call.text)}
+            for ident, call in zip(ids, calls, strict=True)
+        ]  # fmt: skip
 
 
 def sse(asked: Request, body: dict[str, Any]) -> str:
@@ -334,6 +400,11 @@ def _response(asked: Request, reply: Any, number: int) -> tuple[int, dict[str, s
         raise TypeError(f"FakeModel cannot answer with {reply!r}")
     if isinstance(reply, dict) and (reply.get("object") in ("response", "chat.completion") or "stop_reason" in reply):
         return 200, {}, reply
+    parts = [reply] if isinstance(reply, ToolCall) else reply
+    if isinstance(parts, list) and any(isinstance(part, ToolCall) for part in parts):
+        calls = [part for part in parts if isinstance(part, ToolCall)]
+        said = "".join(part for part in parts if isinstance(part, str))
+        return 200, {}, reply_body(asked, said, number=number, calls=calls)
     return 200, {}, reply_body(asked, _text(asked, reply), number=number)
 
 
@@ -368,5 +439,8 @@ def _last_text(messages: Any) -> str:
         content = message.get("content")
         if isinstance(content, str):
             return content
-        return "".join(str(part.get("text") or "") for part in content or [] if isinstance(part, dict))
+        parts = [part for part in content or [] if isinstance(part, dict)]
+        if parts and all(part.get("type") == "tool_result" for part in parts):
+            continue  # what tools gave, which one of the APIs puts into a message of the user's
+        return "".join(str(part.get("text") or "") for part in parts)
     return ""

@@ -84,8 +84,8 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback
     """Starts a scripted server that counts what arrives and sends the SDKs to it."""
     started: list[Loopback] = []
 
-    def start(*script: Any) -> Loopback:
-        server = Loopback(script=list(script))
+    def start(*script: Any, turns: list[Any] | None = None) -> Loopback:
+        server = Loopback(script=list(script), turns=turns)
         for key, value in server.environment.items():
             monkeypatch.setenv(key, value)
         started.append(server.__enter__())

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from agentflow.models import Request
 from agentflow.providers.common import digest
-from agentflow.testing import reply_body, request_of, sse
+from agentflow.testing import ToolCall, reply_body, request_of, sse
 
 
 def answer_to(text: str) -> str:
@@ -44,14 +44,25 @@ class Loopback:
             breaks the connection, ``{"status", "headers", "body"}`` is sent as it is (``body`` may be
             text, or a dict; ``cut`` sends only so many bytes of it, and then closes the connection, with
             ``"then": "reset"`` by a reset, with ``"then": "hang"`` never), ``{"text": ...}`` is the answer.
+        turns: a conversation with tools, whatever arrives how often: the answer is the entry after as many turns as
+            the request holds. An entry is text, a list of ``[tool's name, arguments]`` and texts, or a provider's
+            body as a dict.
     """
 
     def __init__(
-        self, *, log: Path | str | None = None, latency: float = 0.0, script: list[Any] | None = None, port: int = 0
+        self,
+        *,
+        log: Path | str | None = None,
+        latency: float = 0.0,
+        script: list[Any] | None = None,
+        port: int = 0,
+        turns: list[Any] | None = None,
     ) -> None:
         self.log = Path(log) if log else None
         self.latency = latency
         self.script = list(script or [])
+        self.turns = turns
+        self.bodies: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -97,6 +108,7 @@ class Loopback:
         """Notes a request; its number, and what the script has for it."""
         with self._lock:
             number = len(self.arrived) + 1
+            self.bodies.append(asked["body"])
             event = {"path": path, "model": asked["model"], "text": asked["text"], "digest": digest(asked["body"])}
             self._note({"event": "arrived", "n": number, **event})
             return number, self.script[number - 1] if number <= len(self.script) else None
@@ -145,8 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "reset":
             self._reset()
         elif fault is None or "text" in fault:
-            text = fault["text"] if fault else self._text(asked)
-            whole: Any = reply_body(asked, text, number=number)
+            if fault is None and server.turns is not None:
+                whole: Any = _turn(asked, server.turns)
+            else:
+                whole = reply_body(asked, fault["text"] if fault else self._text(asked), number=number)
             head = {}
             if body.get("stream"):
                 whole, head = sse(asked, whole), {"content-type": "text/event-stream"}
@@ -188,6 +202,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.server.loopback.answer(number, asked, status)
+
+
+def _turn(asked: Request, turns: list[Any]) -> dict[str, Any]:
+    """The reply of a conversation that follows the turns that the request holds."""
+    body, before = asked["body"], 0
+    if asked["surface"] == "responses":
+        given = [item.get("type") == "function_call_output" for item in body["input"]]
+        before = sum(now and not then for then, now in zip([False, *given], given, strict=False))
+    else:
+        before = sum(message["role"] == "assistant" for message in body["messages"])
+    entry = turns[before]
+    if isinstance(entry, dict):
+        return entry
+    parts = [entry] if isinstance(entry, str) else entry
+    calls = [ToolCall(part[0], part[1]) for part in parts if not isinstance(part, str)]
+    text = "".join(part for part in parts if isinstance(part, str))
+    return reply_body(asked, text, number=before + 1, calls=calls)
 
 
 def _instance(node: dict[str, Any], root: dict[str, Any], text: str) -> Any:

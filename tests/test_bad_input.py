@@ -38,6 +38,10 @@ def never(*args: Any) -> None:
     raise AssertionError("must not run")
 
 
+def never_typed(city: str) -> None:
+    raise AssertionError("must not run")
+
+
 def refused(make: Any, *words: str, error: type[Exception] = UsageError) -> str:
     with pytest.raises(error) as caught:
         make()
@@ -368,7 +372,11 @@ async def test_model_that_no_provider_knows_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"tools": [never]}, ("tools", "not supported")),
+        ({"tools": [never]}, ("tools[0] (never)", "*", "name each one")),
+        ({"tools": [never_typed], "background": True}, ("background",)),
+        ({"tools": "look_up"}, ("tools=look_up", "a list of typed functions")),
+        ({"tools": [lambda: 1]}, ("tools[0]", "has no name and no types")),
+        ({"tools": [never_typed], "max_turns": 0}, ("max_turns=0",)),
         ({"max_tokens": 0}, ("max_tokens=0",)),
         ({"max_tokens": "many"}, ("max_tokens",)),
         ({"temperature": "hot"}, ("temperature='hot'",)),

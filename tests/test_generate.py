@@ -403,7 +403,7 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"tools": [print]}, "tools=.*not supported yet"),
+        ({"tools": [print]}, "tools.0. .print.: parameter .args. takes any number"),
         ({"files": ["no-such.pdf"]}, "no such file"),
         ({"background": True}, "background=.*not supported yet"),
         ({"batch": True}, "batch=.*not supported yet"),

@@ -206,6 +206,22 @@ async def test_task_of_nobody_in_particular_and_of_several() -> None:
     assert "anybody" in str(waits.value) and "Ann, Bob" in str(waits.value)
 
 
+async def test_people_waited_for_in_branches_inside_a_step_suspend_the_run(again: Callable[[], None]) -> None:
+    async def both() -> list[bool]:
+        return [bool(one) for one in await parallel([human_task(title="a"), human_task(title="b")])]
+
+    @workflow("inside")
+    async def flow(ctx: Context) -> list[bool]:
+        return await step("both", both)
+
+    with pytest.raises(Waiting) as waits:
+        await asyncio.wait_for(flow.run(), 60)
+    for wait in waits.value.waiting_on:
+        tasks.approve(wait["id"])
+    again()
+    assert await flow.run() == [True, True] and len(waits.value.waiting_on) == 2
+
+
 # -- an answer holds for what was shown ----------------------------------------------------------
 
 

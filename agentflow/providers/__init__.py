@@ -80,7 +80,8 @@ def resolve(model: str | None) -> tuple[str, str]:
 
 
 def get(provider: str) -> Any:
-    """A provider's module or a registered server: ``body``, ``send``, ``read``, ``messages``, ``next_turn``."""
+    """A provider's module or a registered server: ``body``, ``send``, ``read``, ``messages``, ``next_turn``,
+    ``tool_results``."""
     if provider == "openai":
         from agentflow.providers import openai
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agentflow.errors import UsageError
@@ -11,6 +12,7 @@ from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    Offered,
     OnText,
     Parts,
     Server,
@@ -57,7 +59,24 @@ def body(ask: Ask) -> dict[str, Any]:
         config["format"] = {"type": "json_schema", "schema": ask.output.plain}
     if config:
         made["output_config"] = config
+    if ask.tools:
+        made["tools"] = [_tool(one) for one in ask.tools]
     return made
+
+
+def _tool(offered: Offered) -> dict[str, Any]:
+    """https://platform.claude.com/docs/en/agents-and-tools/tool-use/implement-tool-use"""
+    described = {"description": offered.description} if offered.description else {}
+    return {"name": offered.name, **described, "input_schema": offered.parameters}
+
+
+def tool_results(results: Sequence[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+    """What is added to the conversation for calls of tools: id, text, and whether it failed. One message for all."""
+    blocks = []
+    for ident, text, failed in results:
+        block: dict[str, Any] = {"type": "tool_result", "tool_use_id": ident, "content": text}
+        blocks.append({**block, "is_error": True} if failed else block)
+    return [{"role": "user", "content": blocks}]
 
 
 def _file(file: File) -> dict[str, Any]:
@@ -167,6 +186,11 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
         ),
         model=str(body.get("model") or ""),
         items=[{"role": "assistant", "content": blocks}] if blocks else [],
+        calls=[
+            {"id": block.get("id"), "name": block.get("name"), "arguments": block.get("input") or {}}
+            for block in blocks
+            if block.get("type") == "tool_use"
+        ],
         failure=failure,
         standard_price=isinstance(usage, dict)
         and usage.get("service_tier") in (None, "standard")

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 
 from agentflow import ledger
 from agentflow.errors import ModelError, UsageError
@@ -32,6 +32,19 @@ _RETRIED_CODES = {"server_error", "rate_limit_exceeded", "overloaded_error", "ap
 _KEY = re.compile(r"\b(sk-[A-Za-z0-9_*-]{6,})")
 
 
+class Offered(Protocol):
+    """A tool as a provider is told of it; ``strict``: whether ``parameters`` has OpenAI's strict form."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def parameters(self) -> dict[str, Any]: ...
+    @property
+    def strict(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One question, in no provider's words. ``messages`` hold no system message; it is in ``system``."""
@@ -44,13 +57,15 @@ class Ask:
     temperature: float | None = None
     reasoning: str | dict[str, Any] | None = None
     files: tuple[File, ...] = ()
+    tools: tuple[Offered, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """An answer, in no provider's words.
 
-    ``items`` are the provider's own, to be sent back word for word in the next turn. ``failure`` is
+    ``items`` are the provider's own, to be sent back word for word in the next turn. ``calls`` are the
+    tools it asks for: ``id``, ``name`` and ``arguments``, JSON text or an object. ``failure`` is
     set when the provider reports, under a status of 200, that the call failed.
     """
 
@@ -60,6 +75,7 @@ class Parts:
     usage: Usage
     model: str
     items: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     failure: ModelError | None = None
     standard_price: bool = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agentflow.errors import UsageError
@@ -11,6 +12,7 @@ from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    Offered,
     OnText,
     Parts,
     Server,
@@ -42,7 +44,21 @@ def body(ask: Ask) -> dict[str, Any]:
         made["temperature"] = ask.temperature
     if ask.reasoning is not None:
         made["reasoning"] = {"effort": ask.reasoning} if isinstance(ask.reasoning, str) else ask.reasoning
+    if ask.tools:
+        made["tools"] = [_tool(one) for one in ask.tools]
     return made
+
+
+def _tool(offered: Offered) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/function-calling"""
+    described = {"description": offered.description} if offered.description else {}
+    form = {"parameters": offered.parameters, "strict": offered.strict}
+    return {"type": "function", "name": offered.name, **described, **form}
+
+
+def tool_results(results: Sequence[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+    """What is added to the conversation for calls of tools: id, text, and whether it failed."""
+    return [{"type": "function_call_output", "call_id": ident, "output": text} for ident, text, _ in results]
 
 
 def _file(file: File) -> dict[str, Any]:
@@ -177,6 +193,11 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
         ),
         model=str(body.get("model") or ""),
         items=items,
+        calls=[
+            {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments") or ""}
+            for item in items
+            if item.get("type") == "function_call"
+        ],
         failure=failure,
         standard_price=body.get("service_tier") in PRICED_TIERS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from agentflow.files import File, attach
@@ -10,6 +11,7 @@ from agentflow.providers import streams
 from agentflow.providers.common import (
     DEFAULT_TIMEOUT,
     Ask,
+    Offered,
     OnText,
     Parts,
     Server,
@@ -25,7 +27,7 @@ from agentflow.providers.openai import PRICED_TIERS, connect, embed, make_client
 
 NAME = "openai-chat"
 SURFACE = "chat"
-__all__ = ["NAME", "SURFACE", "body", "connect", "embed", "messages", "next_turn", "read", "send"]
+__all__ = ["NAME", "SURFACE", "body", "connect", "embed", "messages", "next_turn", "read", "send", "tool_results"]
 
 
 def body(ask: Ask) -> dict[str, Any]:
@@ -42,7 +44,20 @@ def body(ask: Ask) -> dict[str, Any]:
         made["temperature"] = ask.temperature
     if ask.reasoning is not None:
         made["reasoning_effort"] = effort(NAME, ask.reasoning)
+    if ask.tools:
+        made["tools"] = [{"type": "function", "function": _tool(one)} for one in ask.tools]
     return made
+
+
+def _tool(offered: Offered) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/function-calling; not every server with this API knows ``strict``."""
+    described = {"description": offered.description} if offered.description else {}
+    return {"name": offered.name, **described, "parameters": offered.parameters}
+
+
+def tool_results(results: Sequence[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+    """What is added to the conversation for calls of tools: id, text, and whether it failed."""
+    return [{"role": "tool", "tool_call_id": ident, "content": text} for ident, text, _ in results]
 
 
 def _file(file: File) -> dict[str, Any]:
@@ -117,6 +132,12 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
         ),
         model=str(body.get("model") or ""),
         items=[{key: value for key, value in message.items() if value is not None}] if message else [],
+        calls=[_called(one) for one in message.get("tool_calls") or [] if isinstance(one, dict)],
         failure=failure,
         standard_price=body.get("service_tier") in PRICED_TIERS,
     )
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function") or {}
+    return {"id": call.get("id"), "name": function.get("name"), "arguments": function.get("arguments") or ""}

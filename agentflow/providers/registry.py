@@ -187,6 +187,11 @@ class Compatible:
         made: dict[str, Any] = self._api.next_turn(body, added)
         return made
 
+    def tool_results(self, results: list[tuple[str, str, bool]]) -> list[dict[str, Any]]:
+        """What is added to the conversation for calls of tools."""
+        made: list[dict[str, Any]] = self._api.tool_results(results)
+        return made
+
     def read(self, body: dict[str, Any]) -> Parts:
         """The parts of a reply."""
         parts: Parts = self._api.read(body, self.NAME)

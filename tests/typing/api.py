@@ -28,6 +28,7 @@ from agentflow import (
     runs,
     step,
     tasks,
+    tool,
     workflow,
 )
 from agentflow.models import Usage
@@ -207,3 +208,20 @@ async def fan_out(orders: list[Order]) -> None:
 
 def settings() -> None:
     configure(path=".agentflow", model="openai:gpt-4o-mini", notify=print, quiet=True)
+
+
+@tool
+def plain_tool(city: str) -> int:
+    return len(city)
+
+
+@tool(approval="manager", description="Pay.")
+async def approved_tool(amount: int) -> str:
+    return str(amount)
+
+
+async def agents() -> None:
+    assert_type(plain_tool("Oslo"), int)
+    assert_type(await approved_tool(3), str)
+    assert_type(await generate_content("x", tools=[plain_tool, approved_tool, charge], max_turns=3), str)
+    plain_tool(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
