@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, TypeVar, overload
 
@@ -11,6 +12,7 @@ import orjson
 
 from agentflow import codedigest, generate, prompts
 from agentflow import files as files_in_records
+from agentflow.background import Flight
 from agentflow.blocking import portal
 from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
@@ -32,10 +34,11 @@ class _Recorder:
         self._epoch = f"{call.here.epoch}.{current.sample}"
         self._prefix = f"m/{ex.key}/{call.occ}/{self._epoch}/"
         self._count = 0
+        self.flight = Flight(ex, call.occ, call.name, current)
 
     def replies(self) -> list[dict[str, Any]]:
         ex = self._call.ex
-        if ex.prior is None and not ex.scratch and self._call.slot is not None and self._call.slot.n < 0:
+        if self._new():
             return []
         found = [orjson.loads(text) for _, text in ex.journal.scan(self._prefix)]
         self._count = len(found)
@@ -50,6 +53,16 @@ class _Recorder:
                 ex.totals.saved += Decimal(raw["cost"])
                 self._current.cost = (self._current.cost or 0) + Decimal(raw["cost"])
         return found
+
+    def _new(self) -> bool:
+        """Whether nothing can be on record for this call: it is first asked in a run that has just begun."""
+        ex, slot = self._call.ex, self._call.slot
+        begun = ex.prior is None and not ex.scratch and self._current.attempt == 1
+        return begun and slot is not None and slot.n < 0
+
+    def in_flight(self) -> bool:
+        """Whether the provider is still at work on this call, for an earlier attempt or process."""
+        return not self._new() and self.flight.open() is not None
 
     def _other_form(self) -> list[dict[str, Any]]:
         """What was paid for by the same request, but for the form of its answer, and did not validate then."""
@@ -202,16 +215,19 @@ def generate_content(
         output_type: ``str``, a pydantic model, any type a TypeAdapter takes, ``Reply`` or ``Reply[T]``.
         files: paths or bytes of images (png, jpeg, gif, webp), PDF and UTF-8 text, shown before the prompt. They
             count by content: a renamed file is the same file, and its name is not sent.
-        tools, background, batch: not built yet; using one is an error before anything is sent.
+        tools, batch: not built yet; using one is an error before anything is sent.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it.
         reasoning: a word such as ``"low"``, or the provider's settings as a dict.
-        timeout: seconds or a duration for one POST. None: ten minutes or more.
+        timeout: seconds or a duration for one POST. None: ten minutes or more. In the background: for all the waiting
+            of an attempt, None without end; a call that takes longer goes on, and is waited for by the next attempt.
         retry: None: 3 attempts for transient errors, Retry-After honoured; 1 inside a step with its own retry.
         max_turns: for tools.
         reask: how often a reply that does not validate is asked about again.
         sample: a number that asks for a deliberate repeat of the same request.
+        background: True submits the call (OpenAI Responses), records its id and looks until it has ended; after a kill
+            or Ctrl-C the same call is waited for. For calls that take minutes or hours. It is no part of what is asked.
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
             each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
             asked. What it raises is raised once the answer is recorded; run again, the answer is replayed to it.
@@ -264,7 +280,10 @@ def generate_content(
         at = here.get()
         assert at is not None and at.outer is not None
         current = at.outer
-        final = await generate.converse(prepared, _Recorder(call, current), listener)
+        recorder = _Recorder(call, current)
+        # A call that goes on is waited for and not bought again, even if the code does not ask for background any more.
+        asked = replace(prepared, background=True) if recorder.in_flight() else prepared
+        final = await generate.converse(asked, recorder, listener)
         current.used_model = True
         return final
 

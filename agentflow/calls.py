@@ -100,6 +100,7 @@ class Current:
         "parent",
         "run_id",
         "sample",
+        "stop",
         "taken",
         "undoes",
         "unknown",
@@ -118,6 +119,7 @@ class Current:
         self.parent = call.here.outer
         self.lent = 0
         self.left = False
+        self.stop: Callable[[], Any] | None = None  # ends a wait for what goes on elsewhere
         self.undoes = False
         self.version = call.slot.n + 1 if call.slot is not None else 0
         self.facts: Any = None

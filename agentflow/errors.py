@@ -213,8 +213,11 @@ class ModelError(AgentflowError):
 
     Attributes: ``reply`` (a ``Reply`` with what came, or None), ``status`` (HTTP status, or None
     when no answer came), ``code`` (the provider's error code or type), ``retryable``,
-    ``retry_after`` (seconds, or None), ``request_id``.
+    ``retry_after`` (seconds, or None), ``request_id``, ``in_flight`` (the provider's id of a background
+    call that goes on, or None).
     """
+
+    in_flight: str | None = None
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol, get_args, get_origin
 
+from agentflow import background as in_background
 from agentflow import providers, schema
 from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, InvalidReply, ModelError, Refused, Truncated, UsageError
@@ -25,7 +26,7 @@ from agentflow.prompts import Prompt
 from agentflow.providers.common import Ask, Parts, digest
 
 RETRY_ATTEMPTS = 3
-_LATER = ("tools", "background", "batch")
+_LATER = ("tools", "batch")
 
 
 @dataclass(slots=True)
@@ -37,8 +38,9 @@ class Call:
             JSON; ``identity`` is its recorded form, whose digest tells one call from another.
         output_type: the type asked for, ``Reply`` and ``Reply[T]`` as they were written.
         reask: how many times a reply that does not validate is asked about again.
-        timeout: seconds for one POST; None leaves it to the provider's file.
+        timeout: seconds for one POST, or for all the waiting in the background; None leaves it to the provider's file.
         name: the name of the step.
+        background: whether the provider is left with the call and asked for its reply later; no part of what is asked.
     """
 
     request: dict[str, Any]
@@ -46,6 +48,7 @@ class Call:
     reask: int
     timeout: float | None
     name: str
+    background: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -55,7 +58,9 @@ class Call:
 
 
 class Recorder(Protocol):
-    """Where replies are kept; the engine's side of :func:`converse`."""
+    """Where replies are kept; the engine's side of :func:`converse`. ``flight`` keeps the ids of background calls."""
+
+    flight: in_background.Flight
 
     def replies(self) -> list[dict[str, Any]]:
         """Replies that were paid for this call already and may be used now, oldest first."""
@@ -92,7 +97,7 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
-    given = {"tools": tools, "background": background, "batch": batch}
+    given = {"tools": tools, "batch": batch}
     for option in _LATER:
         if given[option] is not None and given[option] is not False and given[option] != () and given[option] != []:
             raise UsageError(f"generate_content({option}=...) is not supported yet. Nothing was sent.")
@@ -119,6 +124,7 @@ def prepare(
     own_system, messages = _messages(prompt, data)
     shown = load_files(files)
     provider = providers.get(provider_name)
+    in_background.check(background, provider_name, provider, extra)
     wanted = _wanted(output_type)
     body = provider.body(
         Ask(
@@ -141,6 +147,7 @@ def prepare(
         reask=reask,
         timeout=limit,
         name=name or "generate_content",
+        background=background,
     )
 
 
@@ -211,7 +218,9 @@ async def _ask(
     """One POST; its reply is saved before anybody looks at it."""
     try:
         raw: dict[str, Any] = await (
-            provider.send(body, call.timeout)
+            in_background.answer(provider, body, call.timeout, recorder.flight)
+            if call.background
+            else provider.send(body, call.timeout)
             if listener is None
             else provider.send(body, call.timeout, on_text=listener)
         )
@@ -354,7 +363,8 @@ def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any
         if key in body:
             raise UsageError(f"extra[{key!r}] is set by the call itself already. Use the argument of generate_content.")
         if key in ("stream", "background") and extra[key]:
-            raise UsageError(f"extra[{key!r}] is not possible: the reply has to arrive whole to be recorded.")
+            hint = "write background=True" if key == "background" else "the reply has to arrive whole to be recorded"
+            raise UsageError(f"extra[{key!r}] is not possible: {hint}.")
     return {**body, **extra}
 
 

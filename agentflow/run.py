@@ -500,7 +500,8 @@ class Execution:
             state.started = self.journal.get(row) is not None
         state.doubts += state.started
         if state.started and call.request is not None:
-            state.paid = any(True for _ in self.journal.scan(f"m/{self.key}/{call.occ}/", limit=1))
+            places = (f"{row}/{self.key}/{call.occ}/" for row in "mi")  # replies, ids of calls in flight
+            state.paid = any(True for place in places for _ in self.journal.keys(place, limit=1))
         return state
 
     def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> None:

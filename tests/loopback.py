@@ -40,6 +40,10 @@ class Loopback:
     Args:
         log: a file to append to; None keeps the lines in ``events`` only.
         latency: seconds before each answer; a query ``?latency=`` of a request wins.
+        polls: how often a call in the background is looked at before it has ended; ``None`` never ends.
+        looks: for the first looks at calls in the background, one entry each: None is as ``polls`` says, ``"reset"``,
+            ``"hang"`` and ``{"status", "headers", "body"}`` are as in ``script``, where ``{"ended": status}`` ends the
+            call so (``failed``, ``cancelled``, ``incomplete``).
         script: for the first requests, one entry each: None answers, ``"hang"`` never does, ``"reset"``
             breaks the connection, ``{"status", "headers", "body"}`` is sent as it is (``body`` may be
             text, or a dict; ``cut`` sends only so many bytes of it, and then closes the connection, with
@@ -47,11 +51,21 @@ class Loopback:
     """
 
     def __init__(
-        self, *, log: Path | str | None = None, latency: float = 0.0, script: list[Any] | None = None, port: int = 0
+        self,
+        *,
+        log: Path | str | None = None,
+        latency: float = 0.0,
+        script: list[Any] | None = None,
+        looks: list[Any] | None = None,
+        polls: int | None = 1,
+        port: int = 0,
     ) -> None:
         self.log = Path(log) if log else None
         self.latency = latency
         self.script = list(script or [])
+        self.looks = list(looks or [])
+        self.polls = polls
+        self.flights: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -76,6 +90,10 @@ class Loopback:
     @property
     def answered(self) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == "answered"]
+
+    @property
+    def looked(self) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == "looked"]
 
     def __enter__(self) -> Loopback:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -105,6 +123,29 @@ class Loopback:
         with self._lock:
             self._note({"event": "answered", "n": number, "status": status, "digest": digest(asked["body"])})
 
+    def take(self, body: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+        """Keeps a call in the background, whose reply will be ``whole``; what the POST is answered with."""
+        with self._lock:
+            self.flights[whole["id"]] = {"whole": whole, "left": self.polls}
+        return {**whole, "status": "queued", "background": True, "output": [], "usage": None}
+
+    def look(self, path: str) -> tuple[Any, dict[str, Any] | None]:
+        """Notes a look at a call in the background: what the script has for it, and the call as it is now."""
+        with self._lock:
+            number = len(self.looked)
+            fault = self.looks[number] if number < len(self.looks) else None
+            flight = self.flights.get(path.rpartition("/")[2])
+            seen = None if flight is None else flight["whole"]
+            if isinstance(fault, dict) and "ended" in fault and flight is not None:
+                flight["left"] = 0
+                flight["whole"] = {**flight["whole"], "status": fault["ended"], **fault.get("with", {})}
+                fault, seen = None, flight["whole"]
+            elif flight is not None and fault is None and flight["left"] != 0:
+                flight["left"] = flight["left"] and flight["left"] - 1
+                seen = {**flight["whole"], "status": "in_progress", "output": [], "usage": None}
+            self._note({"event": "looked", "n": number + 1, "path": path, "status": seen and seen["status"]})
+            return fault, seen
+
     def _note(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         if self.log:
@@ -130,6 +171,20 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def do_GET(self) -> None:
+        fault, seen = self.server.loopback.look(urlsplit(self.path).path)
+        if fault == "hang":
+            self.server.loopback.closing.wait()
+            self.close_connection = True
+        elif fault == "reset":
+            self._reset()
+        elif fault is not None:
+            self._write(fault["status"], fault.get("headers", {}), fault.get("body", {}), fault.get("cut"))
+        elif seen is None:
+            self._write(404, {}, {"error": {"message": "no such thing", "type": "invalid_request_error"}})
+        else:
+            self._write(200, {}, seen)
+
     def do_POST(self) -> None:
         server = self.server.loopback
         address = urlsplit(self.path)
@@ -148,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
             text = fault["text"] if fault else self._text(asked)
             whole: Any = reply_body(asked, text, number=number)
             head = {}
+            if body.get("background"):
+                whole = server.take(body, whole)
             if body.get("stream"):
                 whole, head = sse(asked, whole), {"content-type": "text/event-stream"}
             self._send(number, asked, 200, head, whole, None)
@@ -178,16 +235,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, number: int, asked: Request, status: int, headers: dict[str, str], body: Any, cut: int | None
     ) -> None:
+        self._write(status, {"x-request-id": f"req_{number}", **headers}, body, cut)
+        if cut is None:
+            self.server.loopback.answer(number, asked, status)
+
+    def _write(self, status: int, headers: dict[str, str], body: Any, cut: int | None = None) -> None:
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        head = {"content-type": "application/json", "x-request-id": f"req_{number}", **headers}
+        head = {"content-type": "application/json", **headers}
         head["content-length"] = str(len(content))
         lines = [f"HTTP/1.1 {status} Scripted", *(f"{name}: {value}" for name, value in head.items())]
         self.wfile.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content[:cut])
         self.wfile.flush()
         if cut is not None:
             self.close_connection = True
-            return
-        self.server.loopback.answer(number, asked, status)
 
 
 def _instance(node: dict[str, Any], root: dict[str, Any], text: str) -> Any:
@@ -214,9 +274,11 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--latency", type=float, default=float(os.environ.get("LOOPBACK_LATENCY", "0")))
     parser.add_argument("--script", type=Path, help="a JSON file with the list of faults")
+    parser.add_argument("--looks", type=Path, help="a JSON file with the list of what looks meet")
+    parser.add_argument("--polls", type=int, default=1)
     options = parser.parse_args()
-    script = json.loads(options.script.read_text()) if options.script else []
-    server = Loopback(log=options.log, latency=options.latency, script=script)
+    script, looks = (json.loads(file.read_text()) if file else [] for file in (options.script, options.looks))
+    server = Loopback(log=options.log, latency=options.latency, script=script, looks=looks, polls=options.polls)
     temporary = options.port_file.with_suffix(".new")
     temporary.write_text(str(server.port))
     temporary.replace(options.port_file)

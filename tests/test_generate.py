@@ -405,7 +405,8 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
     [
         ({"tools": [print]}, "tools=.*not supported yet"),
         ({"files": ["no-such.pdf"]}, "no such file"),
-        ({"background": True}, "background=.*not supported yet"),
+        ({"background": True, "model": MODELS[1]}, "background=True needs the OpenAI Responses API"),
+        ({"extra": {"background": True}}, "write background=True"),
         ({"batch": True}, "batch=.*not supported yet"),
         ({"on_text": 3}, "on_text=3: a function"),
         ({"model": MODELS[2], "temperature": 0.5}, "temperature"),

@@ -24,7 +24,7 @@ LAYERS = [
     {"codec.values", "codedigest", "create", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
-    {"codec", "providers", "reuse", "rundocs"},
+    {"background", "codec", "providers", "reuse", "rundocs"},
     {"generate", "settings"},
     {"run"},
     {"engine"},

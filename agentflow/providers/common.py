@@ -157,14 +157,15 @@ async def post(
     whole: streams.Whole | None = None,
     on_text: OnText | None = None,
 ) -> Raw:
-    """Makes one POST through the SDK and gives the reply as it is to be recorded.
+    """Makes one request through the SDK and gives the reply as it is to be recorded.
 
     Args:
         server: whom to ask.
-        call: makes the POST: the SDK's raw response, or with ``whole`` its context manager of a stream.
+        call: makes the request (a POST, but for a call in the background that is looked at): the SDK's raw
+            response, or with ``whole`` its context manager of a stream.
         read: the provider's ``read``.
         body: what is asked, without what only says that it is streamed.
-        timeout: seconds for the POST and all of its answer.
+        timeout: seconds for the request and all of its answer.
         whole: puts a streamed reply together.
         on_text: given each piece of text as it arrives.
 
