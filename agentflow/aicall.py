@@ -10,13 +10,14 @@ from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import codedigest, generate, prompts
+from agentflow import batches, codedigest, generate, prompts
 from agentflow import files as files_in_records
 from agentflow.background import Flight
 from agentflow.blocking import portal
-from agentflow.calls import PLAIN, Call, Current, Options, here
+from agentflow.calls import PLAIN, Call, Current, Options, Unanswered, here
 from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration
+from agentflow.errors import UsageError
 from agentflow.journal import Add
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
@@ -38,17 +39,20 @@ class _Recorder:
 
     def replies(self) -> list[dict[str, Any]]:
         ex = self._call.ex
-        if self._new():
+        if self._new() and not ex.counted:
             return []
-        found = [orjson.loads(text) for _, text in ex.journal.scan(self._prefix)]
-        self._count = len(found)
-        found = found or self._other_form()
-        step: Current | None = self._current if found else None
+        rows = [(key, orjson.loads(text)) for key, text in ex.journal.scan(self._prefix)]
+        self._count = len(rows)
+        found = [raw for _, raw in rows] or self._other_form()
+        # What a batch has brought to this very attempt is counted already.
+        lent = [raw for key, raw in rows if ex.counted.get(key) is not self._current] if rows else found
+        ex.counted |= {key: self._current for key, _ in rows}
+        step: Current | None = self._current if lent else None
         while step is not None:
-            step.lent += len(found)
+            step.lent += len(lent)
             step.used_model = True
             step = step.parent
-        for raw in found:
+        for raw in lent:
             if raw["cost"] is not None:
                 ex.totals.saved += Decimal(raw["cost"])
                 self._current.cost = (self._current.cost or 0) + Decimal(raw["cost"])
@@ -60,9 +64,25 @@ class _Recorder:
         begun = ex.prior is None and not ex.scratch and self._current.attempt == 1
         return begun and slot is not None and slot.n < 0
 
-    def in_flight(self) -> bool:
-        """Whether the provider is still at work on this call, for an earlier attempt or process."""
-        return not self._new() and self.flight.open() is not None
+    def as_sent(self, prepared: generate.Call) -> generate.Call:
+        """The call, waited for the way it was sent by an earlier attempt or process, if the provider is still at it.
+
+        So it is not bought again, even if the code asks for it another way by now.
+        """
+        if self._new():
+            return prepared
+        if self.flight.open() is not None:
+            return replace(prepared, background=True, batch=False)
+        ex = self._call.ex
+        if not prepared.batch and not ex.scratch and batches.of(ex).holds(self._call.occ):
+            return replace(prepared, background=False, batch=True)
+        return prepared
+
+    def later(self, provider: str, body: dict[str, Any]) -> Unanswered:
+        """What leaves this attempt until a batch has brought the reply to ``body``."""
+        made = batches.of(self._call.ex)
+        key = f"{self._prefix}{self._count:04d}"
+        return Unanswered(lambda: made.wait(self._call, self._current, provider, body, key), made.forget)
 
     def _other_form(self) -> list[dict[str, Any]]:
         """What was paid for by the same request, but for the form of its answer, and did not validate then."""
@@ -215,7 +235,7 @@ def generate_content(
         output_type: ``str``, a pydantic model, any type a TypeAdapter takes, ``Reply`` or ``Reply[T]``.
         files: paths or bytes of images (png, jpeg, gif, webp), PDF and UTF-8 text, shown before the prompt. They
             count by content: a renamed file is the same file, and its name is not sent.
-        tools, batch: not built yet; using one is an error before anything is sent.
+        tools: not built yet; using it is an error before anything is sent.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it.
@@ -228,6 +248,9 @@ def generate_content(
         sample: a number that asks for a deliberate repeat of the same request.
         background: True submits the call (OpenAI Responses), records its id and looks until it has ended; after a kill
             or Ctrl-C the same call is waited for. For calls that take minutes or hours. It is no part of what is asked.
+        batch: True, in a workflow: for half the price, within a day (OpenAI, Anthropic). All calls of the run that wait
+            when nothing else can go on are handed over as one batch for each model, and the run is suspended: run it
+            again later. A request that failed or expired is a failed attempt. It is no part of what is asked.
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
             each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
             asked. What it raises is raised once the answer is recorded; run again, the answer is replayed to it.
@@ -260,6 +283,11 @@ def generate_content(
     )
     place = here.get()
     ex = place.ex if place is not None else scratch()
+    if batch and ex.scratch:
+        raise UsageError(
+            "batch=True needs a workflow, which can wait for the batch: put the call into a function under @workflow. "
+            "Nothing was sent."
+        )
     policy = retry_of(retry)
     if policy is None:
         policy = None if _retrying(place.outer if place is not None else None) else _RETRY
@@ -281,9 +309,11 @@ def generate_content(
         assert at is not None and at.outer is not None
         current = at.outer
         recorder = _Recorder(call, current)
-        # A call that goes on is waited for and not bought again, even if the code does not ask for background any more.
-        asked = replace(prepared, background=True) if recorder.in_flight() else prepared
-        final = await generate.converse(asked, recorder, listener)
+        asked = recorder.as_sent(prepared)
+        # A batch comes back here for each turn: its text is handed over once, at the end.
+        final = await generate.converse(asked, recorder, None if asked.batch else listener)
+        if asked.batch and listener is not None:
+            await listener.end(final["text"])
         current.used_model = True
         return final
 

@@ -23,7 +23,7 @@ import orjson
 
 from agentflow.errors import ModelError, UsageError
 from agentflow.journal import Add
-from agentflow.providers.common import digest, now
+from agentflow.providers.common import digest, now, transport
 
 FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 1.0, 30.0, 1.5  # seconds between two looks
 LOOK_TIMEOUT = 60.0  # seconds for one look
@@ -51,12 +51,18 @@ def check(background: bool, provider_name: str, provider: Any, extra: Any) -> No
 
 def pauses() -> Any:
     """Seconds before each look: growing, or as ``AGENTFLOW_POLL_SECONDS`` says."""
-    fixed = os.environ.get("AGENTFLOW_POLL_SECONDS")
-    pause = float(fixed) if fixed else FIRST_PAUSE
+    fixed = fixed_pause()
+    pause = FIRST_PAUSE if fixed is None else fixed
     while True:
         yield pause
-        if not fixed:
+        if fixed is None:
             pause = min(pause * GROWTH, LONGEST_PAUSE)
+
+
+def fixed_pause() -> float | None:
+    """Seconds between all looks: ``AGENTFLOW_POLL_SECONDS``, or hardly any with a fake model; None lets them grow."""
+    named = os.environ.get("AGENTFLOW_POLL_SECONDS")
+    return float(named) if named else 0.01 if transport() is not None else None
 
 
 class Flight:

@@ -119,8 +119,8 @@ class RunBusy(AgentflowError):
 class Waiting(AgentflowError):
     """The run is suspended: it goes on when what it waits for has come.
 
-    ``waiting_on`` lists the open waits, each a dict with ``kind`` (task, event or sleep), ``id``
-    and for tasks ``assign_to``, ``type`` and ``title``.
+    ``waiting_on`` lists the open waits, each a dict with ``kind`` (task, event, sleep or batch), ``id``,
+    for tasks ``assign_to``, ``type`` and ``title``, and for batches ``model``, ``requests`` and ``status``.
     """
 
     def __init__(self, message: str, run_id: str, waiting_on: list[dict[str, Any]]) -> None:

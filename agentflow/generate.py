@@ -17,6 +17,7 @@ from typing import Any, Protocol, get_args, get_origin
 
 from agentflow import background as in_background
 from agentflow import providers, schema
+from agentflow.calls import Unanswered
 from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, InvalidReply, ModelError, Refused, Truncated, UsageError
 from agentflow.files import load as load_files
@@ -26,7 +27,7 @@ from agentflow.prompts import Prompt
 from agentflow.providers.common import Ask, Parts, digest
 
 RETRY_ATTEMPTS = 3
-_LATER = ("tools", "batch")
+_LATER = ("tools",)
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Call:
         timeout: seconds for one POST, or for all the waiting in the background; None leaves it to the provider's file.
         name: the name of the step.
         background: whether the provider is left with the call and asked for its reply later; no part of what is asked.
+        batch: whether the reply is to come with a batch; no part of what is asked.
     """
 
     request: dict[str, Any]
@@ -49,6 +51,7 @@ class Call:
     timeout: float | None
     name: str
     background: bool = False
+    batch: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -61,6 +64,9 @@ class Recorder(Protocol):
     """Where replies are kept; the engine's side of :func:`converse`. ``flight`` keeps the ids of background calls."""
 
     flight: in_background.Flight
+
+    def later(self, provider: str, body: dict[str, Any]) -> Unanswered:
+        """What leaves this attempt until a batch has brought the reply to ``body``."""
 
     def replies(self) -> list[dict[str, Any]]:
         """Replies that were paid for this call already and may be used now, oldest first."""
@@ -97,7 +103,7 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
-    given = {"tools": tools, "batch": batch}
+    given: dict[str, Any] = {"tools": tools}
     for option in _LATER:
         if given[option] is not None and given[option] is not False and given[option] != () and given[option] != []:
             raise UsageError(f"generate_content({option}=...) is not supported yet. Nothing was sent.")
@@ -125,6 +131,7 @@ def prepare(
     shown = load_files(files)
     provider = providers.get(provider_name)
     in_background.check(background, provider_name, provider, extra)
+    _check_batch(batch, background, tools, provider_name)
     wanted = _wanted(output_type)
     body = provider.body(
         Ask(
@@ -148,6 +155,7 @@ def prepare(
         timeout=limit,
         name=name or "generate_content",
         background=background,
+        batch=batch,
     )
 
 
@@ -216,6 +224,8 @@ async def _ask(
     added: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """One POST; its reply is saved before anybody looks at it."""
+    if call.batch:
+        raise recorder.later(call.request["provider"], body)
     try:
         raw: dict[str, Any] = await (
             in_background.answer(provider, body, call.timeout, recorder.flight)
@@ -307,6 +317,20 @@ def is_transient(exc: BaseException) -> bool:
 def retry_after(exc: BaseException) -> float | None:
     """Seconds the provider asked to wait before the next attempt; None where it did not say."""
     return exc.retry_after if isinstance(exc, ModelError) else None
+
+
+def _check_batch(batch: bool, background: bool, tools: Sequence[Any], provider: str) -> None:
+    if not isinstance(batch, bool):
+        raise UsageError(f"batch={batch!r} is not True or False.")
+    if batch and background:
+        raise UsageError("batch=True and background=True are two ways to wait for a reply. Use one of them.")
+    if batch and tools:
+        raise UsageError("batch=True with tools= would take a batch for each turn. Use one of them.")
+    if batch and provider not in providers.BATCHING:
+        raise UsageError(
+            f"batch=True needs the batch API of OpenAI or Anthropic; {provider} can only be asked at once. Nothing was "
+            "sent."
+        )
 
 
 def _counts(**counts: int | None) -> None:

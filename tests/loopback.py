@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from agentflow.batchserver import BatchServer
 from agentflow.models import Request
 from agentflow.providers.common import digest
 from agentflow.testing import reply_body, request_of, sse
@@ -44,6 +45,10 @@ class Loopback:
         looks: for the first looks at calls in the background, one entry each: None is as ``polls`` says, ``"reset"``,
             ``"hang"`` and ``{"status", "headers", "body"}`` are as in ``script``, where ``{"ended": status}`` ends the
             call so (``failed``, ``cancelled``, ``incomplete``).
+        batching: the batch APIs; their requests are in ``batching_events`` and use up no entry of ``script``.
+        batch_faults: method, end of the path, and what the first such request about batches meets: ``"reset"``,
+            ``"lost"`` (done, and then the connection breaks), or ``{"status", "headers", "body"}``.
+        outcomes: for requests in batches, by their last user text: a status and a body, or ``EXPIRED``.
         script: for the first requests, one entry each: None answers, ``"hang"`` never does, ``"reset"``
             breaks the connection, ``{"status", "headers", "body"}`` is sent as it is (``body`` may be
             text, or a dict; ``cut`` sends only so many bytes of it, and then closes the connection, with
@@ -66,6 +71,11 @@ class Loopback:
         self.looks = list(looks or [])
         self.polls = polls
         self.flights: dict[str, dict[str, Any]] = {}
+        self.batching = BatchServer(polls)
+        self.batching_events: list[tuple[str, str]] = []
+        self.batch_faults: list[tuple[str, str, Any]] = []
+        self.outcomes: dict[str, tuple[int, Any]] = {}
+        self.batched: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -146,6 +156,30 @@ class Loopback:
             self._note({"event": "looked", "n": number + 1, "path": path, "status": seen and seen["status"]})
             return fault, seen
 
+    def batch(self, method: str, path: str, kind: str, content: bytes, text: Any) -> tuple[Any, Any]:
+        """What meets a request about batches, and its answer; two times None for any other request."""
+        if not any(word in path for word in ("/batches", "/files")):
+            return None, None
+        with self._lock:
+            self.batching_events.append((method, path))
+            for entry in self.batch_faults:
+                if entry[0] == method and path.endswith(entry[1]):
+                    self.batch_faults.remove(entry)
+                    fault = entry[2]
+                    break
+            else:
+                fault = None
+            if fault is not None and fault != "lost":
+                return fault, None
+
+            def answer(custom_id: str, address: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+                asked = request_of(address, body)
+                self.batched.append({**asked, "custom_id": custom_id})
+                known = self.outcomes.get(asked["text"])
+                return known or (200, reply_body(asked, text(asked), number=len(self.batched)))
+
+            return fault, self.batching.handle(method, path, kind, content, answer)
+
     def _note(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         if self.log:
@@ -171,7 +205,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def _batch(self, content: bytes) -> bool:
+        """Answers a request about batches; False for any other."""
+        path = urlsplit(self.path).path
+        kind = self.headers.get("content-type", "")
+        fault, answer = self.server.loopback.batch(self.command, path, kind, content, self._text)
+        if fault in ("reset", "lost"):
+            self._reset()
+        elif fault is not None:
+            self._write(fault["status"], fault.get("headers", {}), fault.get("body", {}))
+        elif answer is not None:
+            self._write(answer[0], {}, answer[1])
+        return fault is not None or answer is not None
+
     def do_GET(self) -> None:
+        if self._batch(b""):
+            return
         fault, seen = self.server.loopback.look(urlsplit(self.path).path)
         if fault == "hang":
             self.server.loopback.closing.wait()
@@ -188,7 +237,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server.loopback
         address = urlsplit(self.path)
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        content = self.rfile.read(int(self.headers["content-length"]))
+        if self._batch(content):
+            return
+        body = json.loads(content)
         asked = request_of(address.path, body)
         number, fault = server.arrive(asked, address.path)
         latency = float(parse_qs(address.query).get("latency", [server.latency])[0])

@@ -234,6 +234,35 @@ async def post(
     }
 
 
+async def fetch(server: Server, call: Callable[[], Awaitable[Any]], timeout: float) -> Any:
+    """Makes one request that brings no model's reply, through the SDK: its HTTP response.
+
+    Args:
+        server: whom to ask.
+        call: makes the request: the SDK's raw response, or the HTTP response itself.
+        timeout: seconds for the request and all of its answer.
+
+    Raises:
+        ModelError: no answer came, or one with an error status.
+    """
+    import httpx2
+
+    token = asking.set(server.name)
+    try:
+        async with asyncio.timeout(timeout):
+            answer = await call()
+        return getattr(answer, "http_response", answer)
+    except TimeoutError as exc:
+        raise ModelError(f"{server.name}: no answer within {timeout:g} s", code="timeout", retryable=True) from exc
+    except Exception as exc:
+        error = _failed(server.name, exc, httpx2)
+        if error is exc:
+            raise
+        raise error from exc
+    finally:
+        asking.reset(token)
+
+
 async def _ignore(text: str) -> None:
     pass
 
