@@ -250,7 +250,8 @@ def generate_content(
             or Ctrl-C the same call is waited for. For calls that take minutes or hours. It is no part of what is asked.
         batch: True, in a workflow: for half the price, within a day (OpenAI, Anthropic). All calls of the run that wait
             when nothing else can go on are handed over as one batch for each model, and the run is suspended: run it
-            again later. A request that failed or expired is a failed attempt. It is no part of what is asked.
+            again later. A request that failed or expired is a failed attempt; ``timeout`` does not count. It is no part
+            of what is asked.
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
             each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
             asked. What it raises is raised once the answer is recorded; run again, the answer is replayed to it.

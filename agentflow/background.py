@@ -62,7 +62,12 @@ def pauses() -> Any:
 def fixed_pause() -> float | None:
     """Seconds between all looks: ``AGENTFLOW_POLL_SECONDS``, or hardly any with a fake model; None lets them grow."""
     named = os.environ.get("AGENTFLOW_POLL_SECONDS")
-    return float(named) if named else 0.01 if transport() is not None else None
+    if not named:
+        return 0.01 if transport() is not None else None
+    try:
+        return float(named)
+    except ValueError:
+        raise UsageError(f"AGENTFLOW_POLL_SECONDS={named!r} is no number of seconds.") from None
 
 
 class Flight:
@@ -75,6 +80,11 @@ class Flight:
         self._replies = f"m/{ex.key}/{occ}/"
         self.current = current
 
+    def settled(self) -> set[Any]:
+        """The ids whose replies are saved."""
+        replies = [orjson.loads(text)["body"] for _, text in self._ex.journal.scan(self._replies)]
+        return {body.get("id") for body in replies if isinstance(body, dict)}
+
     def open(self, asked: str | None = None) -> str | None:
         """The id of a call for this body (None: for any) whose reply is not saved yet, or None."""
         rows = dict(self._ex.journal.scan(self._prefix))
@@ -82,8 +92,7 @@ class Flight:
         found = [row for row in found if asked is None or row["asked"] == asked]
         if not found:
             return None
-        replies = [orjson.loads(text)["body"] for _, text in self._ex.journal.scan(self._replies)]
-        settled = {body.get("id") for body in replies if isinstance(body, dict)}
+        settled = self.settled()
         ids: list[str] = [row["id"] for row in found if row["id"] not in settled]
         return ids[-1] if ids else None
 
@@ -139,7 +148,11 @@ async def answer(provider: Any, body: dict[str, Any], timeout: float | None, fli
         if current.left:
             raise asyncio.CancelledError
         async with asyncio.timeout(left) as clock:
-            return await _look(provider, body, ident, flight, rest=submitted)
+            raw = await _look(provider, body, ident, flight, rest=submitted)
+        if ident in flight.settled():
+            # Plain code cannot be stopped: an attempt that was given up has waited for the same call, and counted it.
+            raw = {**raw, "cost": "0", "price": {"source": "counted before"}}
+        return raw
     except TimeoutError as exc:
         if not clock.expired():
             raise

@@ -179,7 +179,8 @@ class Batches:
 
     async def _only_wait(self) -> None:
         """What waits is not in flight: after a crash its batch is looked for, and none of these steps is in doubt."""
-        steps = {step.id: step for waiter in self._waiters() for step in (waiter.current, *enclosing(waiter.call))}
+        waiters = [waiter for waiter in self._waiters() if not waiter.looked]
+        steps = {step.id: step for waiter in waiters for step in (waiter.current, *enclosing(waiter.call))}
         if ops := self._ex.only_waits(list(steps.values())):
             await self._ex.journal.acommit(ops, fence=self._ex.fence)
 
@@ -268,13 +269,13 @@ class Batches:
 
     async def _hand_over(self, group: list[_Waiter]) -> None:
         ex, first = self._ex, group[0]
-        number = f"{self._count:06d}"
+        mark = secrets.token_hex(12)
+        number = f"{self._count:06d}{mark[:6]}"
         self._count += 1
         key = f"{self._prefix}{number}"
-        mark = secrets.token_hex(12)
         row = {"provider": first.provider, "model": first.model, "mark": mark, "state": "intended", "batch": None}
         batch = _Batch({**row, "requests": len(group), "since": time.time(), "at": now()})
-        ops: list[Any] = [Add(key, orjson.dumps(batch.row).decode())]
+        ops: list[Any] = []
         for waiter in group:
             occ = waiter.call.occ
             member = {"asked": waiter.asked, "key": waiter.key, "attempt": waiter.attempt}
@@ -282,7 +283,10 @@ class Batches:
             ops.append(Add(f"bm/{ex.key}/{occ}/{number}", orjson.dumps(member).decode()))
             ops.append(Add(f"bq/{ex.key}/{number}/{occ}", orjson.dumps(request).decode()))
             batch.requests[occ] = member
-        await ex.journal.acommit(ops, fence=ex.fence)
+        # The batch's own row comes last: without it the others say nothing.
+        ops.append(Add(key, orjson.dumps(batch.row).decode()))
+        for at in range(0, len(ops), TOGETHER):
+            await ex.journal.acommit(ops[at : at + TOGETHER], fence=ex.fence)
         self._batches[key] = batch
         for waiter in group:
             waiter.batch = key
@@ -295,7 +299,7 @@ class Batches:
             await self._end(key, batch, "none")
             raise
         except ModelError as error:
-            if error.status is not None and error.status < 500 and error.status != 408:
+            if error.status is not None and 400 <= error.status < 500 and error.status != 408:
                 await self._end(key, batch, "none")  # the provider said no; after anything else it is looked for
             raise
         await self._created(key, batch, ident)

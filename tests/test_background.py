@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -173,6 +174,12 @@ async def test_provider_without_it_refuses_before_anything_is_sent(server: Loopb
     with pytest.raises(UsageError, match=r"background=True needs the OpenAI Responses API; .* Nothing was sent"):
         generate_content("Hi", model=model, background=True)
     assert server.arrived == []
+
+
+async def test_pause_that_is_no_number_is_said(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTFLOW_POLL_SECONDS", "soon")
+    with pytest.raises(UsageError, match="AGENTFLOW_POLL_SECONDS='soon'"):
+        await ask()
 
 
 def test_what_would_not_be_kept_cannot_be_fetched_and_is_refused() -> None:
@@ -357,6 +364,35 @@ async def test_enclosing_step_that_may_not_retry_raises_and_the_next_run_waits_f
     server.flights["resp_fake_1"]["left"] = 0
     assert await outer.run() == answer_to("Hi")
     assert len(server.arrived) == 1
+
+
+def test_plain_code_that_was_given_up_and_waits_on_is_not_counted_twice(server: Loopback, journal: Any) -> None:
+    server.polls = None
+    tried: list[int] = []
+    done = threading.Event()
+
+    def patient() -> Any:
+        tried.append(1)
+        if len(tried) == 2:
+            server.flights["resp_fake_1"]["left"] = 0
+        try:
+            return sync.generate_content("Hi", model=MODEL, background=True)
+        finally:
+            if len(tried) == 2:
+                done.set()
+
+    @sync.workflow("given-up")
+    def given_up(ctx: Context) -> Any:
+        return sync.step("patient", patient, timeout=0.3, retry=Retry(max_attempts=2, initial_delay=0.001))
+
+    try:
+        assert given_up.run() == answer_to("Hi")
+    except StepTimeout:  # the second attempt was too slow here as well
+        assert given_up.run() == answer_to("Hi")
+    assert done.wait(30)
+    assert len(server.arrived) == 1
+    rows = [json.loads(text) for _, text in journal.scan("m/")]
+    assert sum(row["cost"] != "0" for row in rows) == 1
 
 
 async def test_a_new_attempt_after_an_answer_asks_anew(server: Loopback) -> None:

@@ -31,6 +31,7 @@ from agentflow import (
 from agentflow.batchserver import EXPIRED
 from agentflow.models import Usage
 from agentflow.providers import batching
+from agentflow.testing import FakeModel, reply_body, request_of
 from tests.loopback import Loopback, answer_to
 from tests.programs import run_program
 
@@ -267,8 +268,6 @@ class _Texts(dict[str, Any]):
         self.texts = texts
 
     def get(self, text: str, default: Any = None) -> Any:
-        from agentflow.testing import reply_body, request_of
-
         return 200, reply_body(request_of("/v1/messages", {"model": "claude-haiku-4-5"}), next(self.texts))
 
 
@@ -420,6 +419,18 @@ async def test_refused_batch_fails_each_step(server: Loopback) -> None:
 
 
 @each_model
+async def test_answer_that_cannot_be_read_leaves_the_outcome_unknown_and_the_batch_is_looked_for(
+    server: Loopback, model: str
+) -> None:
+    server.batch_faults = [("POST", "/batches", {"status": 200, "body": {"what": "is this"}})]
+    fan = fan_out(model, 2, retry=Retry(max_attempts=2, initial_delay=0.001))
+    assert (await fan.start()).status == "waiting"
+    path = "/v1/messages/batches" if model.startswith("anthropic") else "/v1/batches"
+    assert ("GET", path) in server.batching_events  # the list was read in between
+    assert len(server.batching.batches) == 1
+
+
+@each_model
 @pytest.mark.parametrize("fault", ["reset", {"status": 500, "body": ERROR}, {"status": 200, "body": "<html>"}])
 async def test_failed_look_costs_nothing_and_waits_on(server: Loopback, model: str, fault: Any) -> None:
     fan = fan_out(model)
@@ -453,6 +464,24 @@ async def test_file_that_does_not_validate_fails_all_its_requests_with_the_reaso
     batch["body"]["ended"] = {"status": "failed", "errors": errors}
     results = await fan.run()
     assert all("model has no batches" in str(result) for result in results) and created(server) == 1
+
+
+@each_model
+async def test_fake_model_answers_batches_and_calls_in_the_background(model: str) -> None:
+    replies = ["a", TimeoutError(), 400, "b again"]
+    fan = fan_out(model, 3)
+    with FakeModel(replies, polls=1) as fake:
+        assert (await fan.start()).status == "waiting" and len(fake.calls) == 3
+        assert (await fan.start()).status == "waiting"  # looked at once
+        assert (await fan.start()).status == "waiting" and len(fake.calls) == 4  # what expired, once more
+        assert (await fan.start()).status == "waiting"
+        results = await fan.run()
+    assert [results[0], results[1]] == ["a", "b again"] and isinstance(results[2], ModelError)
+    with FakeModel(["c"], polls=3) as fake:
+        assert await generate_content("Hi", model=MODELS[0], background=True) == "c"
+        assert len(fake.calls) == 1
+    with FakeModel(["d", "e"], polls=2):
+        assert await fan_out(model, 2, "stays").options(wait=True).run() == ["d", "e"]
 
 
 # -- killed -----------------------------------------------------------------------------------------

@@ -267,9 +267,9 @@ def _object(server: Server, answer: Any) -> dict[str, Any]:
         body = json.loads(answer.content)
     except ValueError:
         body = None
-    if not isinstance(body, dict):
+    if not isinstance(body, dict) or not ("id" in body or isinstance(body.get("data"), list)):
         raise ModelError(
-            f"{server.name}: no JSON object came about a batch: {answer.text[:200]!r}",
+            f"{server.name}: what came about a batch is none: {answer.text[:200]!r}",
             status=answer.status_code,
             code="not_json",
             retryable=True,
