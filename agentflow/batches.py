@@ -93,6 +93,7 @@ class Batches:
         self._waiting: dict[str, _Waiter] = {}
         self._next_look = 0.0
         self._pause = 0.0
+        self._fixed = background.fixed_pause()
         self.looking = False
         rows = {key: orjson.loads(text) for key, text in ex.journal.scan(self._prefix)}
         self._count = len(rows)
@@ -166,16 +167,19 @@ class Batches:
             if not self._came():
                 for group in self._groups():
                     await self._guarded(self._hand_over(group), group)
-            return self._came()
+        except Exception as error:  # whoever looks has nobody to tell; those who wait have
+            for waiter in self._waiters():
+                waiter.outcome = error
         finally:
             self.looking = False
-            fixed = background.fixed_pause()
-            self._pause = min(max(self._pause * GROWTH, FIRST_PAUSE), LONGEST_PAUSE) if fixed is None else fixed
+            growing = min(max(self._pause * GROWTH, FIRST_PAUSE), LONGEST_PAUSE)
+            self._pause = growing if self._fixed is None else self._fixed
             self._next_look = time.monotonic() + self._pause
             for waiter in self._waiters():
                 assert waiter.wait is not None
                 waiter.wait.due = self._ex.clock() + DUE
                 waiter.looked = True
+        return self._came()
 
     async def _only_wait(self) -> None:
         """What waits is not in flight: after a crash its batch is looked for, and none of these steps is in doubt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -12,6 +13,7 @@ import pytest
 
 from agentflow import (
     Context,
+    JournalFull,
     ModelError,
     Reply,
     Retry,
@@ -354,6 +356,40 @@ async def test_missing_key_is_said_before_anything_is_sent(monkeypatch: pytest.M
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     results = await fan_out(MODELS[0], 2).run()
     assert all(isinstance(result, UsageError) and "OPENAI_API_KEY" in str(result) for result in results)
+
+
+async def test_call_whose_branch_was_cancelled_before_it_was_handed_over_is_not_sent(server: Loopback) -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0.01)
+        raise ValueError("no")
+
+    @workflow("handled")
+    async def handled(ctx: Context) -> Any:
+        try:
+            await parallel([generate_content("unsent", model=MODELS[0], batch=True), step("fails", fails)])
+        except ValueError:
+            return await generate_content("sent", model=MODELS[0], batch=True)
+
+    await handled.start()
+    assert [asked["text"] for asked in server.batched] == ["sent"]
+    assert await handled.run() == answer_to("sent")
+    assert created(server) == 1
+
+
+async def test_full_journal_while_handing_over_is_told_and_nothing_is_sent(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise JournalFull("the disk is full")
+
+    @workflow("one")
+    async def one(ctx: Context) -> Any:
+        return await generate_content("Hi", model=MODELS[0], batch=True)
+
+    monkeypatch.setattr(batches, "Add", full)
+    with pytest.raises(JournalFull):
+        await one.run()
+    assert server.batching_events == []
 
 
 # -- what fails -------------------------------------------------------------------------------------
