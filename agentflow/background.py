@@ -210,7 +210,15 @@ async def _look(provider: Any, body: dict[str, Any], ident: str, flight: Flight,
             continue
         failed += 1
         if not problem.retryable or failed == FAILED_LOOKS:
-            raise _goes_on(problem, ident)
+            error = ModelError(
+                f"{provider.NAME}: the background call {ident} cannot be looked at ({problem}). It goes on at the provider "
+                "and is not submitted again.",
+                status=problem.status,
+                code=problem.code,
+                retryable=problem.retryable,
+                request_id=problem.request_id,
+            )
+            raise _goes_on(error, ident) from problem
         asked = problem.retry_after or 0
     raise AssertionError("pauses() has no end")
 

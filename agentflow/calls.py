@@ -22,7 +22,7 @@ class Suspend(BaseException):
     """Leaves a run that can only wait. Not an ``Exception``: ``except Exception`` must not hold it."""
 
 
-class Unanswered(Exception):
+class Unanswered(BaseException):
     """Leaves an attempt of a model call until its reply has come: its driver parks on ``wait()`` and makes it again.
 
     Replies that came are on record, so nothing is asked twice. ``forget`` takes the wait back when nobody waits for it.

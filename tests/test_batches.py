@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -31,6 +32,7 @@ from agentflow import (
     workflow,
 )
 from agentflow.batchserver import EXPIRED
+from agentflow.cli.app import run as cli
 from agentflow.models import Usage
 from agentflow.providers import batching
 from agentflow.testing import FakeModel, reply_body, request_of
@@ -129,6 +131,16 @@ def test_price_of_a_batch_is_half_of_ones_own_price_and_of_one_without_a_publish
     own = ledger.price("openai", "mine", usage, batch=True)
     assert own[0] == Decimal("0.015") and own[1]["source"] == "set_price"
     assert ledger.price("openai", "who-knows", usage, batch=True) == (None, {})
+
+
+async def test_command_line_names_the_batch(server: Loopback, capsys: pytest.CaptureFixture[str]) -> None:
+    run = await fan_out(MODELS[0], 3).start()
+    capsys.readouterr()
+    assert cli(["runs", "show", run.id]) == 0
+    assert re.search(r"batch batch_1: 3 requests to gpt-4o-mini, submitted", capsys.readouterr().out)
+    assert cli(["runs", "show", run.id, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["status"] == "waiting" and shown["waiting_on"][0]["id"] == "batch_1"
 
 
 async def test_start_gives_a_run_that_waits_and_awaiting_it_goes_on(server: Loopback) -> None:
@@ -616,6 +628,16 @@ def test_killed_while_looking_nothing_is_lost(server: Loopback, tmp_path: Path, 
     looks = len(server.batching_events)
     run_program(PROGRAM, tmp_path, "never", model, env=env)
     assert len(server.batching_events) == looks
+
+
+def test_error_that_came_with_a_batch_is_not_forgotten_by_a_kill(server: Loopback, tmp_path: Path) -> None:
+    server.outcomes = {"Hi 3": (400, BAD)}
+    waited = run_program(PROGRAM, tmp_path, "never", MODELS[0], env=server.environment, expect_failure=True)
+    assert waited.code == 3, waited.err
+    run_program(PROGRAM, tmp_path, "after collecting", MODELS[0], env=server.environment, expect_kill=True)
+    failed = run_program(PROGRAM, tmp_path, "never", MODELS[0], env=server.environment, expect_failure=True)
+    assert failed.code == 1 and "no such thing" in failed.err, failed.err
+    assert len(server.batching.batches) == 1
 
 
 def test_batch_of_unknown_outcome_that_has_not_ended_is_waited_for_and_then_told_by_its_ids(
