@@ -211,8 +211,8 @@ async def _look(provider: Any, body: dict[str, Any], ident: str, flight: Flight,
         failed += 1
         if not problem.retryable or failed == FAILED_LOOKS:
             error = ModelError(
-                f"{provider.NAME}: the background call {ident} cannot be looked at ({problem}). It goes on at the provider "
-                "and is not submitted again.",
+                f"{provider.NAME}: the background call {ident} cannot be looked at ({problem}). It goes on at the "
+                "provider and is not submitted again.",
                 status=problem.status,
                 code=problem.code,
                 retryable=problem.retryable,
