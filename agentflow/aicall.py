@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import agent, codedigest, generate, prompts
+from agentflow import agent, batches, codedigest, generate, prompts
 from agentflow import files as files_in_records
+from agentflow.background import Flight
 from agentflow.blocking import portal
-from agentflow.calls import PLAIN, Call, Current, Options, here
+from agentflow.calls import PLAIN, Call, Current, Options, Unanswered, here
 from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
 from agentflow.durations import Duration
+from agentflow.errors import UsageError
 from agentflow.journal import Add
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
@@ -36,24 +39,54 @@ class _Recorder:
         self._epoch = f"{call.here.epoch}.{current.sample}"
         self._prefix = f"m/{ex.key}/{call.occ}/{self._epoch}/"
         self._count = 0
+        self.flight = Flight(ex, call.occ, call.name, current)
 
     def replies(self) -> list[dict[str, Any]]:
         ex = self._call.ex
-        if ex.prior is None and not ex.scratch and self._call.slot is not None and self._call.slot.n < 0:
+        if self._new() and not ex.counted:
             return []
-        found = [orjson.loads(text) for _, text in ex.journal.scan(self._prefix)]
-        self._count = len(found)
-        found = found or self._other_form()
-        priced = [Decimal(raw["cost"]) for raw in found if raw["cost"] is not None]
+        rows = [(key, orjson.loads(text)) for key, text in ex.journal.scan(self._prefix)]
+        self._count = len(rows)
+        found = [raw for _, raw in rows] or self._other_form()
+        # What a batch has brought to this very attempt is counted already.
+        lent = [raw for key, raw in rows if ex.counted.get(key) is not self._current] if rows else found
+        ex.counted |= {key: self._current for key, _ in rows}
+        priced = [Decimal(raw["cost"]) for raw in lent if raw["cost"] is not None]
         ex.totals.saved += sum(priced)
-        step: Current | None = self._current if found else None
+        step: Current | None = self._current if lent else None
         while step is not None:
-            step.lent += len(found)
+            step.lent += len(lent)
             step.used_model = True
             if priced:
                 step.cost = (step.cost or 0) + sum(priced)
             step = step.parent
         return found
+
+    def _new(self) -> bool:
+        """Whether nothing can be on record for this call: it is first asked in a run that has just begun."""
+        ex, slot = self._call.ex, self._call.slot
+        begun = ex.prior is None and not ex.scratch and self._current.attempt == 1
+        return begun and slot is not None and slot.n < 0
+
+    def as_sent(self, prepared: generate.Call) -> generate.Call:
+        """The call, waited for the way it was sent by an earlier attempt or process, if the provider is still at it.
+
+        So it is not bought again, even if the code asks for it another way by now.
+        """
+        if self._new():
+            return prepared
+        if self.flight.open() is not None:
+            return replace(prepared, background=True, batch=False)
+        ex = self._call.ex
+        if not prepared.batch and not ex.scratch and batches.of(ex).holds(self._call.occ):
+            return replace(prepared, background=False, batch=True)
+        return prepared
+
+    def later(self, provider: str, body: dict[str, Any]) -> Unanswered:
+        """What leaves this attempt until a batch has brought the reply to ``body``."""
+        made = batches.of(self._call.ex)
+        key = f"{self._prefix}{self._count:04d}"
+        return Unanswered(lambda: made.wait(self._call, self._current, provider, body, key), made.forget)
 
     def _other_form(self) -> list[dict[str, Any]]:
         """What was paid for by the same request, but for the form of its answer, and did not validate then."""
@@ -212,17 +245,24 @@ def generate_content(
         tools: typed functions that the model may call, sync or async; ``@tool`` says more about one, and a ``@step``
             keeps its options. The model is asked again with their results until it answers. Each turn (``turn 1``,
             ``turn 2``...) and each call of a tool is a record of its own, found again after a crash. What a tool
-            raises is told to the model, and so are arguments that do not fit.
-        background, batch: not built yet; using one is an error before anything is sent.
+            raises is told to the model, and so are arguments that do not fit. Not together with ``background`` or
+            ``batch``.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it.
         reasoning: a word such as ``"low"``, or the provider's settings as a dict.
-        timeout: seconds or a duration for one POST. None: ten minutes or more.
+        timeout: seconds or a duration for one POST. None: ten minutes or more. In the background: for all the waiting
+            of an attempt, None without end; a call that takes longer goes on, and is waited for by the next attempt.
         retry: None: 3 attempts for transient errors, Retry-After honoured; 1 inside a step with its own retry.
         max_turns: how many turns a call with tools may take, then ``TooManyTurns``; a larger number goes on from there.
         reask: how often a reply that does not validate is asked about again.
         sample: a number that asks for a deliberate repeat of the same request.
+        background: True submits the call (OpenAI Responses), records its id and looks until it has ended; after a kill
+            or Ctrl-C the same call is waited for. For calls that take minutes or hours. It is no part of what is asked.
+        batch: True, in a workflow: for half the price, within a day (OpenAI, Anthropic). All calls of the run that wait
+            when nothing else can go on are handed over as one batch for each model, and the run is suspended: run it
+            again later. A request that failed or expired is a failed attempt; ``timeout`` does not count. It is no part
+            of what is asked.
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
             each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
             asked. What it raises is raised once the answer is recorded; run again, the answer is replayed to it.
@@ -261,6 +301,11 @@ def _once(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str]
     """The step of one model call, or of one turn."""
     place = here.get()
     ex = place.ex if place is not None else scratch()
+    if prepared.batch and ex.scratch:
+        raise UsageError(
+            "batch=True needs a workflow, which can wait for the batch: put the call into a function under @workflow. "
+            "Nothing was sent."
+        )
     if policy is None:
         policy = None if _retrying(place.outer if place is not None else None) else _RETRY
     kind = Call if on_text is None else _Streamed
@@ -280,7 +325,12 @@ def _once(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str]
         at = here.get()
         assert at is not None and at.outer is not None
         current = at.outer
-        final = await generate.converse(prepared, _Recorder(call, current), listener)
+        recorder = _Recorder(call, current)
+        asked = recorder.as_sent(prepared)
+        # A batch comes back here for each turn: its text is handed over once, at the end.
+        final = await generate.converse(asked, recorder, None if asked.batch else listener)
+        if asked.batch and listener is not None:
+            await listener.end(final["text"])
         current.used_model = True
         return final
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from agentflow.calls import Call, Current, Suspend, here
+from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.drive import PENDING, Wait, inside, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
@@ -60,7 +60,9 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
     try:
         if call.wait is not None:
             return park_blocking(ex, call.wait())
-        is_async = call.kind == "ai" or (call.capture is not None and call.capture.is_async)
+        if call.kind == "ai":
+            return _answered(call, current)
+        is_async = call.capture is not None and call.capture.is_async
         if not is_async and timeout is None:
             result = call.fn(*call.args, **call.kwargs)
             if not inspect.isawaitable(result):
@@ -76,13 +78,30 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
         except TimeoutError as error:
             if future.done():
                 raise
-            if is_async and call.kind != "ai":
+            if is_async:
                 future.cancel()
             else:
                 when_back(future, current)
             raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
     finally:
         here.reset(token)
+
+
+def _answered(call: Call, current: Current) -> Any:
+    """``drive._answered`` in the calling thread."""
+    ex = call.ex
+    while True:
+        try:
+            return portal.start(contextvars.copy_context(), call.fn, call.args, call.kwargs).result()
+        except Unanswered as unanswered:
+            later = unanswered
+        wait = later.wait()
+        try:
+            park_blocking(ex, wait)
+        finally:
+            later.forget(wait)
+        if ops := ex.goes_on([current, *enclosing(call)]):
+            ex.journal.commit(ops, fence=ex.fence)
 
 
 async def _await(value: Any) -> Any:
@@ -109,16 +128,26 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 now = ex.clock()
                 waits = [each for each in ex.held_up.values() if each is not None]
                 near = any(each.due is not None and each.due - now <= 60 for each in waits)
-                stuck = ex.going <= 0 and not ex.suspended and not ex.stay and not near
+                looking = ex.batches is not None and ex.batches.looking
+                look = ex.batches is not None and ex.going <= 0 and not ex.suspended and ex.batches.due()
+                stuck = ex.going <= 0 and not ex.suspended and not ex.stay and not near and not looking
                 # An answer may have come that its branch, in another thread, has not seen yet.
-                if stuck and not any(_ready(each) for each in waits):
+                if (stuck or look) and any(_ready(each) for each in waits):
+                    look = False
+                elif look:
+                    ex.batches.looking = True  # this thread does, for all of them
+                elif stuck:
                     ex.suspended = True
                     ex.waits = waits
                     ex.turn.notify_all()
                 if ex.suspended:
                     raise Suspend
                 left = wait.due - now if wait is not None and wait.due is not None else pause
-                ex.turn.wait(max(0.0, min(pause, left)))
+                if not look:
+                    ex.turn.wait(max(0.0, min(pause, left)))
+            if look:
+                portal.start(contextvars.copy_context(), ex.batches.look, (), {}).result()
+                pause = 0.0005
             pause = min(pause * 2, 0.25)
     finally:
         with ex.turn:

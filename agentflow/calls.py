@@ -22,6 +22,18 @@ class Suspend(BaseException):
     """Leaves a run that can only wait. Not an ``Exception``: ``except Exception`` must not hold it."""
 
 
+class Unanswered(BaseException):
+    """Leaves an attempt of a model call until its reply has come: its driver parks on ``wait()`` and makes it again.
+
+    Replies that came are on record, so nothing is asked twice. ``forget`` takes the wait back when nobody waits for it.
+    """
+
+    def __init__(self, wait: Callable[[], Any], forget: Callable[[Any], None]) -> None:
+        super().__init__("a reply that comes later")
+        self.wait = wait
+        self.forget = forget
+
+
 ON_CHANGE = ("auto", "rerun", "reuse", "error")
 
 
@@ -100,6 +112,7 @@ class Current:
         "parent",
         "run_id",
         "sample",
+        "stop",
         "taken",
         "undoes",
         "unknown",
@@ -118,6 +131,7 @@ class Current:
         self.parent = call.here.outer
         self.lent = 0
         self.left = False
+        self.stop: Callable[[], Any] | None = None  # ends a wait for what goes on elsewhere
         self.undoes = False
         self.version = call.slot.n + 1 if call.slot is not None else 0
         self.facts: Any = None

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentflow.calls import Call, Current, Here, Suspend, enclosing, here
+from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here
 from agentflow.engine import keep_late, process
 from agentflow.errors import JournalError, NotRecordable, StepTimeout
 from agentflow.reuse import located
@@ -121,7 +121,7 @@ async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
 
 async def _invoke(call: Call, current: Current) -> Any:
     if call.kind == "ai":
-        return await _paid(call)
+        return await _answered(call, current)
     if call.wait is not None:
         return await park(call.ex, call.wait())
     capture = call.capture
@@ -132,6 +132,22 @@ async def _invoke(call: Call, current: Current) -> Any:
     if inspect.isawaitable(result):
         result = await result
     return result
+
+
+async def _answered(call: Call, current: Current) -> Any:
+    """A model call whose reply may come later: it waits as for a person, and takes up what has come."""
+    while True:
+        try:
+            return await _paid(call)
+        except Unanswered as unanswered:
+            later = unanswered
+        wait = later.wait()
+        try:
+            await park(call.ex, wait)
+        finally:
+            later.forget(wait)
+        if ops := call.ex.goes_on([current, *enclosing(call)]):
+            await call.ex.journal.acommit(ops, fence=call.ex.fence)
 
 
 async def _paid(call: Call) -> Any:
@@ -317,6 +333,9 @@ async def _watch(ex: Execution) -> None:
             continue
         if not ex.parked:
             return
+        if ex.batches is not None and ex.batches.due() and await _still_idle(ex) and await _look(ex):
+            pause = 0.0
+            continue
         now = ex.clock()
         soon = any(wait is not None and wait.due is not None and wait.due - now <= 60 for wait, _ in ex.parked.values())
         if not ex.stay and not soon and await _still_idle(ex):
@@ -328,6 +347,15 @@ async def _watch(ex: Execution) -> None:
             return
         due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
+
+
+async def _look(ex: Execution) -> bool:
+    """A look at the run's batches, which goes on when the run is stopped: what is handed over is paid for."""
+    task = asyncio.get_running_loop().create_task(ex.batches.look())
+    ex.stragglers.add(task)
+    task.add_done_callback(ex.stragglers.discard)
+    came: bool = await asyncio.shield(task)
+    return came
 
 
 async def _still_idle(ex: Execution) -> bool:

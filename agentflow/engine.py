@@ -254,6 +254,8 @@ def _run(call: Call, again: int = 0) -> Process:
             failure = exc
         except BaseException:
             current.left = True
+            if (stop := current.stop) is not None:
+                stop()
             if ex.suspended:
                 ex.unstart(call, slot, current)
             raise
@@ -266,7 +268,8 @@ def _run(call: Call, again: int = 0) -> Process:
         lent = current.lent > 0 and retry.resample and not (isinstance(failure, ModelError) and failure.retryable)
         if lent or _retries(retry, attempt, failure):
             delay = 0.0 if lent else _delay(retry, attempt, failure)
-            sample += 1 if retry.resample else 0
+            goes_on = isinstance(failure, ModelError) and failure.in_flight is not None
+            sample += 1 if retry.resample and not goes_on else 0
             data = codec.encode_exception(failure)
             facts = {
                 "attempt": attempt,

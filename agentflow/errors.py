@@ -120,8 +120,8 @@ class RunBusy(AgentflowError):
 class Waiting(AgentflowError):
     """The run is suspended: it goes on when what it waits for has come.
 
-    ``waiting_on`` lists the open waits, each a dict with ``kind`` (task, event or sleep), ``id``
-    and for tasks ``assign_to``, ``type`` and ``title``.
+    ``waiting_on`` lists the open waits, each a dict with ``kind`` (task, event, sleep or batch), ``id``,
+    for tasks ``assign_to``, ``type`` and ``title``, and for batches ``model``, ``requests`` and ``status``.
     """
 
     def __init__(self, message: str, run_id: str, waiting_on: list[dict[str, Any]]) -> None:
@@ -214,8 +214,11 @@ class ModelError(AgentflowError):
 
     Attributes: ``reply`` (a ``Reply`` with what came, or None), ``status`` (HTTP status, or None
     when no answer came), ``code`` (the provider's error code or type), ``retryable``,
-    ``retry_after`` (seconds, or None), ``request_id``.
+    ``retry_after`` (seconds, or None), ``request_id``, ``in_flight`` (the provider's id of a background
+    call that goes on, or None).
     """
+
+    in_flight: str | None = None
 
     def __init__(
         self,

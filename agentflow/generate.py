@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol, get_args, get_origin
 
+from agentflow import background as in_background
 from agentflow import providers, schema
 from agentflow import tools as tools_
+from agentflow.calls import Unanswered
 from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, InvalidReply, ModelError, Refused, Truncated, UsageError
 from agentflow.files import load as load_files
@@ -26,7 +28,6 @@ from agentflow.prompts import Prompt
 from agentflow.providers.common import Ask, Parts, digest
 
 RETRY_ATTEMPTS = 3
-_LATER = ("background", "batch")
 
 
 @dataclass(slots=True)
@@ -38,10 +39,12 @@ class Call:
             JSON; ``identity`` is its recorded form, whose digest tells one call from another.
         output_type: the type asked for, ``Reply`` and ``Reply[T]`` as they were written.
         reask: how many times a reply that does not validate is asked about again.
-        timeout: seconds for one POST; None leaves it to the provider's file.
+        timeout: seconds for one POST, or for all the waiting in the background; None leaves it to the provider's file.
         name: the name of the step.
         tools: what the model may call; a call with tools is made turn by turn, by ``agent.py``.
         max_turns: how many turns such a call may take; no part of what is asked.
+        background: whether the provider is left with the call and asked for its reply later; no part of what is asked.
+        batch: whether the reply is to come with a batch; no part of what is asked.
     """
 
     request: dict[str, Any]
@@ -51,6 +54,8 @@ class Call:
     name: str
     tools: tuple[tools_.Spec, ...] = ()
     max_turns: int = 10
+    background: bool = False
+    batch: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,7 +65,12 @@ class Call:
 
 
 class Recorder(Protocol):
-    """Where replies are kept; the engine's side of :func:`converse`."""
+    """Where replies are kept; the engine's side of :func:`converse`. ``flight`` keeps the ids of background calls."""
+
+    flight: in_background.Flight
+
+    def later(self, provider: str, body: dict[str, Any]) -> Unanswered:
+        """What leaves this attempt until a batch has brought the reply to ``body``."""
 
     def replies(self) -> list[dict[str, Any]]:
         """Replies that were paid for this call already and may be used now, oldest first."""
@@ -97,13 +107,9 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
-    given: dict[str, Any] = {"background": background, "batch": batch}
     box = tools_.toolbox(tools)
     if box and (background or batch):
         raise UsageError("tools= together with background= or batch= is not supported. Nothing was sent.")
-    for option in _LATER:
-        if given[option] is not None and given[option] is not False and given[option] != () and given[option] != []:
-            raise UsageError(f"generate_content({option}=...) is not supported yet. Nothing was sent.")
     if on_text is not None and not callable(on_text):
         raise UsageError(f"on_text={on_text!r}: a function of one text, sync or async.")
     _counts(max_tokens=max_tokens, reask=reask, sample=sample, max_turns=max_turns)
@@ -127,6 +133,8 @@ def prepare(
     own_system, messages = _messages(prompt, data)
     shown = load_files(files)
     provider = providers.get(provider_name)
+    in_background.check(background, provider_name, provider, extra)
+    _check_batch(batch, background, tools, provider_name)
     wanted = _wanted(output_type)
     body = provider.body(
         Ask(
@@ -152,6 +160,8 @@ def prepare(
         name=name or "generate_content",
         tools=box,
         max_turns=max_turns,
+        background=background,
+        batch=batch,
     )
 
 
@@ -223,9 +233,13 @@ async def _ask(
     added: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """One POST; its reply is saved before anybody looks at it."""
+    if call.batch:
+        raise recorder.later(call.request["provider"], body)
     try:
         raw: dict[str, Any] = await (
-            provider.send(body, call.timeout)
+            in_background.answer(provider, body, call.timeout, recorder.flight)
+            if call.background
+            else provider.send(body, call.timeout)
             if listener is None
             else provider.send(body, call.timeout, on_text=listener)
         )
@@ -314,6 +328,20 @@ def retry_after(exc: BaseException) -> float | None:
     return exc.retry_after if isinstance(exc, ModelError) else None
 
 
+def _check_batch(batch: bool, background: bool, tools: Sequence[Any], provider: str) -> None:
+    if not isinstance(batch, bool):
+        raise UsageError(f"batch={batch!r} is not True or False.")
+    if batch and background:
+        raise UsageError("batch=True and background=True are two ways to wait for a reply. Use one of them.")
+    if batch and tools:
+        raise UsageError("batch=True with tools= would take a batch for each turn. Use one of them.")
+    if batch and provider not in providers.BATCHING:
+        raise UsageError(
+            f"batch=True needs the batch API of OpenAI or Anthropic; {provider} can only be asked at once. Nothing was "
+            "sent."
+        )
+
+
 def _counts(**counts: int | None) -> None:
     for name, value in counts.items():
         least = 0 if name in ("reask", "sample") else 1
@@ -368,7 +396,8 @@ def _with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any
         if key in body:
             raise UsageError(f"extra[{key!r}] is set by the call itself already. Use the argument of generate_content.")
         if key in ("stream", "background") and extra[key]:
-            raise UsageError(f"extra[{key!r}] is not possible: the reply has to arrive whole to be recorded.")
+            hint = "write background=True" if key == "background" else "the reply has to arrive whole to be recorded"
+            raise UsageError(f"extra[{key!r}] is not possible: {hint}.")
     return {**body, **extra}
 
 

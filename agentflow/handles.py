@@ -160,6 +160,8 @@ def waiting(document: dict[str, Any]) -> Waiting:
             )
             answer = wait.get("command") or f"agentflow tasks approve {wait['id']}"
             lines.append(f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): {answer}")
+        elif wait["kind"] == "batch":
+            lines.append(f"batch {wait['id']} ({wait['requests']} requests to {wait['model']}, {wait['status']})")
         else:
             lines.append(f"{wait['kind']} until {moment(wait['until'])}" if "until" in wait else wait["kind"])
     return Waiting(f"run {run_id} waits for {'; '.join(lines)}. Run it again afterwards.", run_id, waits)

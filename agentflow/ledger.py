@@ -31,7 +31,7 @@ def set_price(
 
 
 def price(
-    provider: str, model: str, usage: Usage, *, asked: str | None = None
+    provider: str, model: str, usage: Usage, *, asked: str | None = None, batch: bool = False
 ) -> tuple[Decimal | None, dict[str, Any]]:
     """Dollars for ``usage``, and the rates they come from.
 
@@ -40,6 +40,7 @@ def price(
         model: the model that answered, as the provider names it.
         usage: what it used.
         asked: the model that was asked for, tried when ``model`` has no known price.
+        batch: True for a reply that came through a batch: the published batch price, or half of the standard one.
 
     Returns:
         The cost, None where no price is known, and the facts to keep beside the call: ``source`` and
@@ -48,12 +49,22 @@ def price(
     names = [name for name in dict.fromkeys((model, asked)) if name]
     for name in names:
         if name in _PRICES:
-            return _own(_PRICES[name], usage)
+            own = _own(_PRICES[name], usage)
+            return _halved(*own) if batch else own
     for name in names:
         found = _published(provider, name, usage)
+        if found is not None and batch:
+            cheaper = _published(provider, name, usage, batch=True)
+            if cheaper is not None and cheaper[0] < found[0]:
+                return cheaper[0], {**cheaper[1], "discount": "batch, as published"}
+            return _halved(*found)
         if found is not None:
             return found
     return None, {}
+
+
+def _halved(cost: Decimal, facts: dict[str, Any]) -> tuple[Decimal, dict[str, Any]]:
+    return cost / 2, {**facts, "discount": "batch: half of the price per million"}
 
 
 def _rate(model: str, what: str, value: float | str | Decimal) -> Decimal:
@@ -72,7 +83,9 @@ def _own(rates: dict[str, Decimal], usage: Usage) -> tuple[Decimal, dict[str, An
     return total / _MILLION, {"source": "set_price", "per_million": {what: str(rate) for what, rate in rates.items()}}
 
 
-def _published(provider: str, model: str, usage: Usage) -> tuple[Decimal, dict[str, Any]] | None:
+def _published(
+    provider: str, model: str, usage: Usage, *, batch: bool = False
+) -> tuple[Decimal, dict[str, Any]] | None:
     import genai_prices  # 0.2 s: only when a live call is to be priced
 
     counts = genai_prices.Usage(
@@ -82,7 +95,12 @@ def _published(provider: str, model: str, usage: Usage) -> tuple[Decimal, dict[s
         cache_write_tokens=usage.cache_write_tokens,
     )
     try:
-        found = genai_prices.calc_price(counts, model, provider_id=provider.removesuffix("-chat"))
+        found = genai_prices.calc_price(
+            counts,
+            model,
+            provider_id=provider.removesuffix("-chat"),
+            price_context={"processing": "batch"} if batch else None,
+        )
     except (LookupError, ValueError):
         return None
     rates = {}

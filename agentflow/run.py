@@ -120,6 +120,8 @@ class Execution:
     waits: list[Any] = field(default_factory=list)
     asked_tasks: set[str] = field(default_factory=set)
     unstarted: list[str] = field(default_factory=list)
+    batches: Any = None
+    counted: dict[str, Any] = field(default_factory=dict)  # replies: the attempt their cost is counted for
     loop: Any = None
     watcher: Any = None
     watch: Any = None
@@ -534,7 +536,9 @@ class Execution:
             state.started = self.journal.get(row) is not None
         state.doubts += state.started
         if state.started and call.request is not None:
-            state.paid = any(True for _ in self.journal.scan(f"m/{self.key}/{call.occ}/", limit=1))
+            # Replies, ids of calls in the background, places in batches.
+            places = (f"{row}/{self.key}/{call.occ}/" for row in ("m", "i", "bm"))
+            state.paid = any(True for place in places for _ in self.journal.keys(place, limit=1))
         return state
 
     def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> None:

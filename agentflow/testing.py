@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from agentflow import schema
+from agentflow.batchserver import EXPIRED, BatchServer
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
 from agentflow.providers.common import asking, digest, use_transport
@@ -19,6 +20,17 @@ __all__ = ["FakeModel", "ToolCall", "reply_body", "request_of", "sse"]
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
+
+# https://platform.claude.com/docs/en/api/errors
+_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
 
 
 class ToolCall:
@@ -62,7 +74,10 @@ class FakeModel:
             ``ConnectionError`` or ``TimeoutError``; or a function, also async, that is given the
             request and returns any of these.
         delay: seconds before each answer.
+        polls: how often a call in the background, or a batch, is looked at before it has ended. None: it never ends.
 
+    A batch uses one reply for each of its requests; an error among them fails that request, and ``TimeoutError`` lets
+    it expire. What is in flight is known to this FakeModel alone: start and go on within one ``with`` block.
     ``embed`` needs no replies: vectors are made from the texts, and ``embedded`` lists what each request asked.
     ``calls`` lists the requests that arrived. A call without a reply left fails with status 400, and
     leaving the block fails too, so that it is seen even if the code under test swallowed it.
@@ -75,15 +90,20 @@ class FakeModel:
     ('Hello!', 'Hi')
     """
 
-    def __init__(self, replies: Sequence[Any] | Callable[[Request], Any], *, delay: float = 0) -> None:
+    def __init__(
+        self, replies: Sequence[Any] | Callable[[Request], Any], *, delay: float = 0, polls: int | None = 1
+    ) -> None:
         if isinstance(replies, str | bytes) or not (callable(replies) or isinstance(replies, Sequence)):
             raise UsageError('FakeModel takes a list of replies or a function: FakeModel(["Hello!"]).')
         self.replies = replies if callable(replies) else list(replies)
         self.delay = delay
+        self.polls = polls
         self.calls: list[Request] = []
         self.embedded: list[list[str]] = []
         self.unexpected: list[Request] = []
         self._before: Any = None
+        self._flights: dict[str, list[Any]] = {}  # id of a call in the background: its reply, and looks that are left
+        self._batches = BatchServer(polls)
 
     def __enter__(self) -> FakeModel:
         import httpx2
@@ -106,9 +126,32 @@ class FakeModel:
     async def _answer(self, request: Any) -> Any:
         import httpx2
 
-        if request.url.path.endswith("/embeddings"):
-            return httpx2.Response(200, json=self._embedded(json.loads(request.content)))
-        asked = request_of(request.url.path, json.loads(request.content))
+        path, content = request.url.path, await request.aread()
+        if path.endswith("/embeddings"):
+            return httpx2.Response(200, json=self._embedded(json.loads(content)))
+        if (about_batches := await self._batch(request, content)) is not None:
+            status, body = about_batches
+            return httpx2.Response(status, text=body) if isinstance(body, str) else httpx2.Response(status, json=body)
+        if request.method == "GET":
+            return self._look(path.rpartition("/")[2])
+        asked = request_of(path, json.loads(content))
+        try:
+            status, headers, body = await self._reply(asked)
+        except TimeoutError as late:
+            raise httpx2.ReadTimeout(str(late) or "timed out", request=request) from None
+        except ConnectionError as broken:
+            raise httpx2.ConnectError(str(broken) or "connection refused", request=request) from None
+        headers = {"x-request-id": f"req_fake_{len(self.calls)}", **headers}
+        if status == 200 and asked["body"].get("background"):
+            self._flights[body["id"]] = [body, self.polls]
+            body = {**body, "status": "queued", "background": True, "output": [], "usage": None}
+        if status == 200 and asked["body"].get("stream"):
+            text = sse(asked, body)
+            return httpx2.Response(status, headers={"content-type": "text/event-stream", **headers}, text=text)
+        return httpx2.Response(status, headers=headers, json=body)
+
+    async def _reply(self, asked: Request) -> tuple[int, dict[str, str], dict[str, Any]]:
+        """Status, headers and body for the next request; raises what breaks its connection."""
         asked["provider"] = asking.get() or asked["provider"]
         self.calls.append(asked)
         number = len(self.calls)
@@ -123,16 +166,37 @@ class FakeModel:
             reply = reply(asked)
             if inspect.isawaitable(reply):
                 reply = await reply
-        if isinstance(reply, TimeoutError):
-            raise httpx2.ReadTimeout(str(reply) or "timed out", request=request)
-        if isinstance(reply, ConnectionError):
-            raise httpx2.ConnectError(str(reply) or "connection refused", request=request)
-        status, headers, body = _response(asked, reply, number)
-        headers = {"x-request-id": f"req_fake_{number}", **headers}
-        if status == 200 and asked["body"].get("stream"):
-            text = sse(asked, body)
-            return httpx2.Response(status, headers={"content-type": "text/event-stream", **headers}, text=text)
-        return httpx2.Response(status, headers=headers, json=body)
+        if isinstance(reply, TimeoutError | ConnectionError):
+            raise reply
+        return _response(asked, reply, number)
+
+    def _look(self, ident: str) -> Any:
+        """A call in the background as it is now."""
+        import httpx2
+
+        flight = self._flights.get(ident)
+        if flight is None:
+            return httpx2.Response(404, json={"error": {"message": f"no response {ident!r}", "code": "not_found"}})
+        body, left = flight
+        if left == 0:
+            return httpx2.Response(200, json=body)
+        flight[1] = left and left - 1
+        return httpx2.Response(200, json={**body, "status": "in_progress", "output": [], "usage": None})
+
+    async def _batch(self, request: Any, content: bytes) -> tuple[int, Any] | None:
+        """The answer to a request about batches, each request inside one answered by a reply of its own."""
+        method, path = request.method, request.url.path
+        results: dict[str, tuple[int, dict[str, Any]]] = {}
+        for custom_id, address, body in self._batches.requests(method, path, content):
+            try:
+                status, _, answer = await self._reply(request_of(address, body))
+                results[custom_id] = status, answer
+            except TimeoutError:
+                results[custom_id] = EXPIRED
+            except ConnectionError as broken:
+                results[custom_id] = 500, {"error": {"type": "api_error", "message": str(broken)}}
+        kind = request.headers.get("content-type", "")
+        return self._batches.handle(method, path, kind, content, lambda custom_id, *_: results[custom_id])
 
     def _embedded(self, body: dict[str, Any]) -> dict[str, Any]:
         """Vectors made from the texts: equal texts get equal ones. They use up no reply."""
@@ -412,7 +476,8 @@ def _error(
     asked: Request, status: int, message: str, code: str | None, headers: dict[str, str]
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     if asked["surface"] == "messages":
-        return status, headers, {"type": "error", "error": {"type": code or "api_error", "message": message}}
+        kind = code or _ERRORS.get(status, "api_error")
+        return status, headers, {"type": "error", "error": {"type": kind, "message": message}}
     return status, headers, {"error": {"message": message, "type": code or "server_error", "param": None, "code": code}}
 
 

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from agentflow.batchserver import BatchServer
 from agentflow.models import Request
 from agentflow.providers.common import digest
 from agentflow.testing import ToolCall, reply_body, request_of, sse
@@ -40,6 +41,14 @@ class Loopback:
     Args:
         log: a file to append to; None keeps the lines in ``events`` only.
         latency: seconds before each answer; a query ``?latency=`` of a request wins.
+        polls: how often a call in the background is looked at before it has ended; ``None`` never ends.
+        looks: for the first looks at calls in the background, one entry each: None is as ``polls`` says, ``"reset"``,
+            ``"hang"`` and ``{"status", "headers", "body"}`` are as in ``script``, where ``{"ended": status}`` ends the
+            call so (``failed``, ``cancelled``, ``incomplete``).
+        batching: the batch APIs; their requests are in ``batching_events`` and use up no entry of ``script``.
+        batch_faults: method, end of the path, and what the first such request about batches meets: ``"reset"``,
+            ``"lost"`` (done, and then the connection breaks), or ``{"status", "headers", "body"}``.
+        outcomes: for requests in batches, by their last user text: a status and a body, or ``EXPIRED``.
         script: for the first requests, one entry each: None answers, ``"hang"`` never does, ``"reset"``
             breaks the connection, ``{"status", "headers", "body"}`` is sent as it is (``body`` may be
             text, or a dict; ``cut`` sends only so many bytes of it, and then closes the connection, with
@@ -55,6 +64,8 @@ class Loopback:
         log: Path | str | None = None,
         latency: float = 0.0,
         script: list[Any] | None = None,
+        looks: list[Any] | None = None,
+        polls: int | None = 1,
         port: int = 0,
         turns: list[Any] | None = None,
     ) -> None:
@@ -63,6 +74,14 @@ class Loopback:
         self.script = list(script or [])
         self.turns = turns
         self.bodies: list[dict[str, Any]] = []
+        self.looks = list(looks or [])
+        self.polls = polls
+        self.flights: dict[str, dict[str, Any]] = {}
+        self.batching = BatchServer(polls)
+        self.batching_events: list[tuple[str, str]] = []
+        self.batch_faults: list[tuple[str, str, Any]] = []
+        self.outcomes: dict[str, tuple[int, Any]] = {}
+        self.batched: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -87,6 +106,10 @@ class Loopback:
     @property
     def answered(self) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == "answered"]
+
+    @property
+    def looked(self) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == "looked"]
 
     def __enter__(self) -> Loopback:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -117,6 +140,53 @@ class Loopback:
         with self._lock:
             self._note({"event": "answered", "n": number, "status": status, "digest": digest(asked["body"])})
 
+    def take(self, body: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+        """Keeps a call in the background, whose reply will be ``whole``; what the POST is answered with."""
+        with self._lock:
+            self.flights[whole["id"]] = {"whole": whole, "left": self.polls}
+        return {**whole, "status": "queued", "background": True, "output": [], "usage": None}
+
+    def look(self, path: str) -> tuple[Any, dict[str, Any] | None]:
+        """Notes a look at a call in the background: what the script has for it, and the call as it is now."""
+        with self._lock:
+            number = len(self.looked)
+            fault = self.looks[number] if number < len(self.looks) else None
+            flight = self.flights.get(path.rpartition("/")[2])
+            seen = None if flight is None else flight["whole"]
+            if isinstance(fault, dict) and "ended" in fault and flight is not None:
+                flight["left"] = 0
+                flight["whole"] = {**flight["whole"], "status": fault["ended"], **fault.get("with", {})}
+                fault, seen = None, flight["whole"]
+            elif flight is not None and fault is None and flight["left"] != 0:
+                flight["left"] = flight["left"] and flight["left"] - 1
+                seen = {**flight["whole"], "status": "in_progress", "output": [], "usage": None}
+            self._note({"event": "looked", "n": number + 1, "path": path, "status": seen and seen["status"]})
+            return fault, seen
+
+    def batch(self, method: str, path: str, kind: str, content: bytes, text: Any) -> tuple[Any, Any]:
+        """What meets a request about batches, and its answer; two times None for any other request."""
+        if not any(word in path for word in ("/batches", "/files")):
+            return None, None
+        with self._lock:
+            self.batching_events.append((method, path))
+            for entry in self.batch_faults:
+                if entry[0] == method and path.endswith(entry[1]):
+                    self.batch_faults.remove(entry)
+                    fault = entry[2]
+                    break
+            else:
+                fault = None
+            if fault is not None and fault != "lost":
+                return fault, None
+
+            def answer(custom_id: str, address: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+                asked = request_of(address, body)
+                self.batched.append({**asked, "custom_id": custom_id})
+                known = self.outcomes.get(asked["text"])
+                return known or (200, reply_body(asked, text(asked), number=len(self.batched)))
+
+            return fault, self.batching.handle(method, path, kind, content, answer)
+
     def _note(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         if self.log:
@@ -142,10 +212,42 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def _batch(self, content: bytes) -> bool:
+        """Answers a request about batches; False for any other."""
+        path = urlsplit(self.path).path
+        kind = self.headers.get("content-type", "")
+        fault, answer = self.server.loopback.batch(self.command, path, kind, content, self._text)
+        if fault in ("reset", "lost"):
+            self._reset()
+        elif fault is not None:
+            self._write(fault["status"], fault.get("headers", {}), fault.get("body", {}))
+        elif answer is not None:
+            self._write(answer[0], {}, answer[1])
+        return fault is not None or answer is not None
+
+    def do_GET(self) -> None:
+        if self._batch(b""):
+            return
+        fault, seen = self.server.loopback.look(urlsplit(self.path).path)
+        if fault == "hang":
+            self.server.loopback.closing.wait()
+            self.close_connection = True
+        elif fault == "reset":
+            self._reset()
+        elif fault is not None:
+            self._write(fault["status"], fault.get("headers", {}), fault.get("body", {}), fault.get("cut"))
+        elif seen is None:
+            self._write(404, {}, {"error": {"message": "no such thing", "type": "invalid_request_error"}})
+        else:
+            self._write(200, {}, seen)
+
     def do_POST(self) -> None:
         server = self.server.loopback
         address = urlsplit(self.path)
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        content = self.rfile.read(int(self.headers["content-length"]))
+        if self._batch(content):
+            return
+        body = json.loads(content)
         asked = request_of(address.path, body)
         number, fault = server.arrive(asked, address.path)
         latency = float(parse_qs(address.query).get("latency", [server.latency])[0])
@@ -162,6 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 whole = reply_body(asked, fault["text"] if fault else self._text(asked), number=number)
             head = {}
+            if body.get("background"):
+                whole = server.take(body, whole)
             if body.get("stream"):
                 whole, head = sse(asked, whole), {"content-type": "text/event-stream"}
             self._send(number, asked, 200, head, whole, None)
@@ -192,16 +296,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, number: int, asked: Request, status: int, headers: dict[str, str], body: Any, cut: int | None
     ) -> None:
+        self._write(status, {"x-request-id": f"req_{number}", **headers}, body, cut)
+        if cut is None:
+            self.server.loopback.answer(number, asked, status)
+
+    def _write(self, status: int, headers: dict[str, str], body: Any, cut: int | None = None) -> None:
         content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        head = {"content-type": "application/json", "x-request-id": f"req_{number}", **headers}
+        head = {"content-type": "application/json", **headers}
         head["content-length"] = str(len(content))
         lines = [f"HTTP/1.1 {status} Scripted", *(f"{name}: {value}" for name, value in head.items())]
         self.wfile.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content[:cut])
         self.wfile.flush()
         if cut is not None:
             self.close_connection = True
-            return
-        self.server.loopback.answer(number, asked, status)
 
 
 def _turn(asked: Request, turns: list[Any]) -> dict[str, Any]:
@@ -245,9 +352,11 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--latency", type=float, default=float(os.environ.get("LOOPBACK_LATENCY", "0")))
     parser.add_argument("--script", type=Path, help="a JSON file with the list of faults")
+    parser.add_argument("--looks", type=Path, help="a JSON file with the list of what looks meet")
+    parser.add_argument("--polls", type=int, default=1)
     options = parser.parse_args()
-    script = json.loads(options.script.read_text()) if options.script else []
-    server = Loopback(log=options.log, latency=options.latency, script=script)
+    script, looks = (json.loads(file.read_text()) if file else [] for file in (options.script, options.looks))
+    server = Loopback(log=options.log, latency=options.latency, script=script, looks=looks, polls=options.polls)
     temporary = options.port_file.with_suffix(".new")
     temporary.write_text(str(server.port))
     temporary.replace(options.port_file)

@@ -405,8 +405,11 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
     [
         ({"tools": [print]}, "tools.0. .print.: parameter .args. takes any number"),
         ({"files": ["no-such.pdf"]}, "no such file"),
-        ({"background": True}, "background=.*not supported yet"),
-        ({"batch": True}, "batch=.*not supported yet"),
+        ({"background": True, "model": MODELS[1]}, "background=True needs the OpenAI Responses API"),
+        ({"extra": {"background": True}}, "write background=True"),
+        ({"batch": True, "background": True}, "two ways to wait"),
+        ({"batch": True, "model": "ollama:llama"}, "batch=True needs the batch API"),
+        ({"batch": 1}, "batch=1 is not True or False"),
         ({"on_text": 3}, "on_text=3: a function"),
         ({"model": MODELS[2], "temperature": 0.5}, "temperature"),
         ({"temperature": "hot"}, "temperature='hot'"),

@@ -18,19 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
-    {"errors", "models", "workers"},
+    {"batchserver", "errors", "models", "workers"},
     {"calls", "canonical", "codec.common", "durations", "files", "ledger", "marks", "providers.streams", "redact", "schema", "store", "typecheck"},
     {"bytecode", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
     {"codec.values", "codedigest", "create", "providers.anthropic", "providers.openai", "reads", "writer"},
-    {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
+    {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
-    {"codec", "providers", "reuse", "rundocs"},
+    {"background", "codec", "providers", "reuse", "rundocs"},
     {"tools"},
     {"generate", "settings"},
     {"run"},
     {"engine"},
     {"drive"},
-    {"blocking", "human", "scratch"},
+    {"batches", "blocking", "human", "scratch"},
     {"context", "humantask", "steps", "tasks"},
     {"agent"},
     {"aicall"},

@@ -88,6 +88,8 @@ def waits(wait: dict[str, Any]) -> str:
     if wait["kind"] == "task":
         answer = wait.get("command") or f"agentflow tasks approve {wait['id']}"
         return f"{wait['title'] or wait['type']}: {answer}"
+    if wait["kind"] == "batch":
+        return f"batch {wait['id']}: {wait['requests']} requests to {wait['model']}, {wait['status']}"
     return str(wait["kind"])
 
 

@@ -12,8 +12,12 @@ from agentflow.providers import registry
 from agentflow.providers.common import transport, use_transport
 from agentflow.providers.registry import known, register
 
-__all__ = ["default_model", "get", "known", "register", "resolve", "set_default_model", "transport", "use_transport"]
+__all__ = [
+    "BATCHING", "default_model", "get", "known", "register", "resolve", "set_default_model", "transport",
+    "use_transport",
+]  # fmt: skip
 
+BATCHING = registry.BUILT_IN  # providers with a batch API
 _WELL_KNOWN = (
     (re.compile(r"(gpt-|chatgpt-|o[134](-|$)|codex-|text-embedding-)"), "openai"),
     (re.compile(r"claude-"), "anthropic"),

@@ -173,14 +173,15 @@ async def post(
     whole: streams.Whole | None = None,
     on_text: OnText | None = None,
 ) -> Raw:
-    """Makes one POST through the SDK and gives the reply as it is to be recorded.
+    """Makes one request through the SDK and gives the reply as it is to be recorded.
 
     Args:
         server: whom to ask.
-        call: makes the POST: the SDK's raw response, or with ``whole`` its context manager of a stream.
+        call: makes the request (a POST, but for a call in the background that is looked at): the SDK's raw
+            response, or with ``whole`` its context manager of a stream.
         read: the provider's ``read``.
         body: what is asked, without what only says that it is streamed.
-        timeout: seconds for the POST and all of its answer.
+        timeout: seconds for the request and all of its answer.
         whole: puts a streamed reply together.
         on_text: given each piece of text as it arrives.
 
@@ -247,6 +248,35 @@ async def post(
         "at": now(),
         "asked": digest(body),
     }
+
+
+async def fetch(server: Server, call: Callable[[], Awaitable[Any]], timeout: float) -> Any:
+    """Makes one request that brings no model's reply, through the SDK: its HTTP response.
+
+    Args:
+        server: whom to ask.
+        call: makes the request: the SDK's raw response, or the HTTP response itself.
+        timeout: seconds for the request and all of its answer.
+
+    Raises:
+        ModelError: no answer came, or one with an error status.
+    """
+    import httpx2
+
+    token = asking.set(server.name)
+    try:
+        async with asyncio.timeout(timeout):
+            answer = await call()
+        return getattr(answer, "http_response", answer)
+    except TimeoutError as exc:
+        raise ModelError(f"{server.name}: no answer within {timeout:g} s", code="timeout", retryable=True) from exc
+    except Exception as exc:
+        error = _failed(server.name, exc, httpx2)
+        if error is exc:
+            raise
+        raise error from exc
+    finally:
+        asking.reset(token)
 
 
 async def _ignore(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentflow.errors import UsageError
@@ -109,6 +110,37 @@ async def send(
     )
 
 
+async def submit(body: dict[str, Any], timeout: float | None, *, server: Server | None = None) -> Raw:
+    """One POST that leaves the call with the provider: https://platform.openai.com/docs/guides/background"""
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
+    sent = {**body, "background": True, "store": True}
+
+    def call() -> Any:
+        return sdk.responses.with_raw_response.create(
+            model=body["model"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT
+        )
+
+    return await post(server, call, lambda content: _discounted(body, read(content, server.name)), body, timeout)
+
+
+async def retrieve(ident: str, body: dict[str, Any], timeout: float, *, server: Server | None = None) -> Raw:
+    """One GET of a call in the background; ``body`` is what it was asked. ``timeout``: seconds."""
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
+
+    def call() -> Any:
+        return sdk.responses.with_raw_response.retrieve(ident, timeout=timeout)
+
+    return await post(server, call, lambda content: _discounted(body, read(content, server.name)), body, timeout)
+
+
+def _discounted(body: dict[str, Any], parts: Parts) -> Parts:
+    """A call that may take hours costs less than the published prices say: its price is unknown."""
+    window = (body.get("background_options") or {}).get("completion_window", "soonest")
+    return parts if window == "soonest" else replace(parts, standard_price=False)
+
+
 async def embed(body: dict[str, Any], timeout: float | None, *, server: Server | None = None) -> Raw:
     """One POST for vectors. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
@@ -178,7 +210,7 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
     else:
         finish = {"max_output_tokens": "length"}.get(reason, reason) if status == "incomplete" else status
     failure = None
-    if status in ("failed", "cancelled", "queued", "in_progress"):
+    if status not in ("completed", "incomplete"):
         failure = reported_failure(name, body.get("error") or {"code": status})
     usage = body.get("usage")
     return Parts(

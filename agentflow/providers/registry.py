@@ -214,6 +214,17 @@ class Compatible:
         send = getattr(self._api, "embed", None)
         return None if send is None else lambda body, timeout: send(body, timeout, server=self._server())
 
+    @property
+    def submit(self) -> Callable[..., Awaitable[Raw]] | None:
+        """One POST that leaves a call in the background; None where the API has no such thing."""
+        send = getattr(self._api, "submit", None)
+        return None if send is None else lambda body, timeout: send(body, timeout, server=self._server())
+
+    async def retrieve(self, ident: str, body: dict[str, Any], timeout: float) -> Raw:
+        """One GET of a call in the background."""
+        raw: Raw = await self._api.retrieve(ident, body, timeout, server=self._server())
+        return raw
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._api, name)
 
