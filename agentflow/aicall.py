@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import codedigest, generate, prompts
+from agentflow import codedigest, costs, generate, prompts, sending
 from agentflow import files as files_in_records
 from agentflow.blocking import portal
 from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration
-from agentflow.journal import Add
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
 
@@ -32,6 +32,7 @@ class _Recorder:
         self._epoch = f"{call.here.epoch}.{current.sample}"
         self._prefix = f"m/{ex.key}/{call.occ}/{self._epoch}/"
         self._count = 0
+        self._ticket: sending.Ticket | None = None
 
     def replies(self) -> list[dict[str, Any]]:
         ex = self._call.ex
@@ -46,9 +47,13 @@ class _Recorder:
             step.used_model = True
             step = step.parent
         for raw in found:
+            text = ex.journal.get(raw["ledger"])
+            if text is not None:
+                self._current.stands_on((raw["ledger"], orjson.loads(text)))
             if raw["cost"] is not None:
-                ex.totals.saved += Decimal(raw["cost"])
-                self._current.cost = (self._current.cost or 0) + Decimal(raw["cost"])
+                split = {costs.model_of(self._call.request): Decimal(raw["cost"])}
+                ex.saved(costs.outermost(self._current), split)
+                self._current.spent(split)
         return found
 
     def _other_form(self) -> list[dict[str, Any]]:
@@ -68,12 +73,17 @@ class _Recorder:
         return []
 
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
-        ex = self._call.ex
-        cost = None if raw["cost"] is None else Decimal(raw["cost"])
-        record = orjson.dumps({**raw, "request": files_in_records.shortened(body), "step": self._call.name}).decode()
-        await ex.journal.acommit([Add(f"{self._prefix}{self._count:04d}", record)], fence=ex.fence, paid=True)
+        key = f"{self._prefix}{self._count:04d}"
+        record = {**raw, "request": files_in_records.shortened(body), "step": self._call.name}
+        assert self._ticket is not None
+        await self._ticket.save(key, record)
         self._count += 1
-        ex.paid(self._current, cost)
+
+    @contextlib.asynccontextmanager
+    async def sending(self, body: dict[str, Any], max_tokens: int | None) -> AsyncIterator[None]:
+        request = self._call.request
+        async with sending.sending(self._call, self._current, request["provider"], body, max_tokens) as self._ticket:
+            yield
 
 
 def _without_form(given: str) -> Any:

@@ -88,9 +88,11 @@ class Current:
     __slots__ = (
         "asked",
         "attempt",
+        "by_model",
         "call",
         "clock",
         "cost",
+        "entries",
         "facts",
         "id",
         "idempotency_key",
@@ -123,11 +125,27 @@ class Current:
         self.facts: Any = None
         self.used_model = False
         self.cost: Any = None
+        self.by_model: dict[str, Any] = {}
         self.unknown = 0
+        # The ledger's rows of the replies that this attempt stands on, paid for here or before.
+        self.entries: list[tuple[str, dict[str, Any]]] = []
         self.clock: Any = None
         # What the steps inside have claimed and counted, to be given back to a next attempt.
         self.taken: list[Slot] = []
         self.asked: list[tuple[dict[Any, int], Any]] = []
+
+    def stands_on(self, entry: tuple[str, dict[str, Any]]) -> None:
+        """Notes the ledger's row of a reply that this attempt uses, here and in the steps around."""
+        step: Current | None = self
+        while step is not None:
+            step.entries.append(entry)
+            step = step.parent
+
+    def spent(self, split: dict[str, Any]) -> None:
+        """Dollars that this step's result rests on, by model; paid now or by an earlier execution."""
+        for model, amount in split.items():
+            self.cost = (self.cost or 0) + amount
+            self.by_model[model] = self.by_model.get(model, 0) + amount
 
     @property
     def around(self) -> str:

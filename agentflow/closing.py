@@ -154,7 +154,7 @@ def close(opened: Opened, status: str) -> None:
         document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
     ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
-    ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status)
+    ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
     assert opened.lease is not None
     opened.lease.release(ops)
     if status != "waiting":
@@ -166,7 +166,8 @@ def give_up(opened: Opened) -> None:
     opened.ex.closed = True
     assert opened.lease is not None
     try:
-        opened.lease.release(rundocs.write(opened.document, "interrupted"))
+        opened.document["saved"] = str(Decimal(opened.document.get("saved", "0")) + opened.ex.totals.saved)
+        opened.lease.release(rundocs.write(opened.document, "interrupted") + opened.ex.saved_row())
     except LeaseLost:
         log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
     except JournalError as error:

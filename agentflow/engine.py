@@ -30,7 +30,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec
+from agentflow import codec, costs, sending
 from agentflow.calls import Call, Current, Suspend
 from agentflow.codedigest import changed_data
 from agentflow.errors import (
@@ -277,11 +277,8 @@ def _run(call: Call, again: int = 0) -> Process:
                 "doubt": doubt,
             }
             doubt = 0
-            yield (
-                "commit",
-                [Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())],
-                False,
-            )
+            tried = Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())
+            yield ("commit", [tried, *(costs.judged(current, wasted=True) if retry.resample else ())], False)
             if lent:
                 free += 1
                 ex.say(f"{call.name}: what had been paid for before fails again ({_brief(failure)}); asking anew")
@@ -299,6 +296,8 @@ def _run(call: Call, again: int = 0) -> Process:
             continue
         head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
+        if call.kind == "ai":
+            call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=True))
         yield from _record(call, slot, head, "null")
         if late := ex.late_result(call):
             kept = Row.compose(head | {"status": "completed", "late": True}, late[0], call.given)
@@ -308,6 +307,8 @@ def _run(call: Call, again: int = 0) -> Process:
     head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
     if options.secret:
         head["secret"], text = True, "null"
+    if call.kind == "ai":
+        call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=False))
     yield from _record(call, slot, head, text)
     return ex.finished(call, slot, head, value)
 
@@ -344,6 +345,9 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
     if call.options.in_doubt == "rerun":
         if not state.paid:
             ex.doubt(call)
+            if call.request is not None:
+                current = Current(call, "", state.failed + 1, state.sample)
+                yield ("commit", sending.doubt(call, current, call.request), False)
         return _RUN
     if call.options.in_doubt == "raise":
         raise located(
@@ -429,6 +433,8 @@ def _head(
         head["model_default"] = ex.model()
     if current.cost is not None:
         head["cost"] = str(current.cost)
+    if current.by_model and call.request is None:
+        head["by_model"] = {model: str(part) for model, part in current.by_model.items()}
     if current.unknown:
         head["unpriced"] = current.unknown
     if current.parent is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol, get_args, get_origin
@@ -39,6 +40,7 @@ class Call:
         reask: how many times a reply that does not validate is asked about again.
         timeout: seconds for one POST; None leaves it to the provider's file.
         name: the name of the step.
+        max_tokens: the limit of output tokens that the caller named; None for none.
     """
 
     request: dict[str, Any]
@@ -46,6 +48,7 @@ class Call:
     reask: int
     timeout: float | None
     name: str
+    max_tokens: int | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -59,6 +62,12 @@ class Recorder(Protocol):
 
     def replies(self) -> list[dict[str, Any]]:
         """Replies that were paid for this call already and may be used now, oldest first."""
+
+    def sending(self, body: dict[str, Any], max_tokens: int | None) -> AbstractAsyncContextManager[Any]:
+        """Stands around one POST and the saving of its reply; may wait, or refuse, before it is entered.
+
+        ``max_tokens`` is the limit of output tokens that the caller named, None for none.
+        """
 
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
         """Keeps a reply with the body that it answers; durable when it returns."""
@@ -141,6 +150,7 @@ def prepare(
         reask=reask,
         timeout=limit,
         name=name or "generate_content",
+        max_tokens=max_tokens,
     )
 
 
@@ -171,7 +181,8 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
             raw = paid[turn]
         else:
             paid = paid[:turn]
-            raw = await _ask(call, provider, body, recorder, listener, added)
+            async with recorder.sending(body, call.max_tokens):
+                raw = await _ask(call, provider, body, recorder, listener, added)
         usage += Usage(**raw["usage"])
         known = known and raw["cost"] is not None
         cost += Decimal(raw["cost"] or 0)

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec
+from agentflow import codec, costs
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import LeaseLost, StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
@@ -96,6 +96,7 @@ class Execution:
     ask: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
+    saved_by: dict[tuple[str, str], Decimal] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     plan_steps: list[PlanStep] = field(default_factory=list)
     compensations: list[tuple[Call, Slot | None, Any]] = field(default_factory=list)
@@ -398,9 +399,11 @@ class Execution:
             self.totals.replayed += 1
         cost = head.get("cost")
         outer = call.here.outer
+        split: dict[str, Decimal] = {}
         if cost is not None:
-            amount = Decimal(cost)
-            self.totals.saved += amount
+            split = {model: Decimal(part) for model, part in head.get("by_model", {}).items()}
+            split = split or {costs.model_of(call.request): Decimal(cost)}
+            self.saved(call.name if outer is None else costs.outermost(outer), split)
         if call.options.compensate is not None or head.get("undoes"):
             self._undoes(outer)
         if head.get("ai"):
@@ -408,8 +411,7 @@ class Execution:
             while outer is not None:
                 outer.used_model = True
                 outer.lent += lent
-                if cost is not None:
-                    outer.cost = (outer.cost or 0) + amount
+                outer.spent(split)
                 outer = outer.parent
         if self.plan:
             self.plan_steps.append(PlanStep(call.name, "reused"))
@@ -463,20 +465,32 @@ class Execution:
         slot.n += 1
         self.records.claim(slot)
 
-    def paid(self, current: Current, cost: Decimal | None) -> None:
-        """Count one paid reply for the step and all that enclose it."""
+    def paid(self, current: Current, cost: Decimal | None, entry: costs.Entry) -> None:
+        """Count one paid reply, with its row in the ledger, for the step and all that enclose it."""
         if cost is None:
             self.totals.unpriced += 1
         else:
             self.totals.paid += cost
+        current.stands_on(entry)
         step: Current | None = current
         while step is not None:
             step.used_model = True
             if cost is None:
                 step.unknown += 1
             else:
-                step.cost = (step.cost or 0) + cost
+                step.spent({entry[1]["model"]: cost})
             step = step.parent
+
+    def saved(self, step: str, split: dict[str, Decimal]) -> None:
+        """Count what was not paid again for a step of the body, by model."""
+        for model, amount in split.items():
+            self.totals.saved += amount
+            self.saved_by[step, model] = self.saved_by.get((step, model), Decimal(0)) + amount
+
+    def saved_row(self) -> list[Op]:
+        """The ledger's row of what was saved since the last one."""
+        what, self.saved_by = self.saved_by, {}
+        return costs.saved(self.run_id, self.workflow, self.clock(), what)
 
     # -- attempts --------------------------------------------------------------------------
 

@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
     {"errors", "models", "workers"},
-    {"calls", "canonical", "codec.common", "durations", "files", "ledger", "marks", "providers.streams", "redact", "schema", "store", "typecheck"},
+    {"calls", "canonical", "codec.common", "durations", "files", "ledger", "marks", "providers.streams", "redact", "schema", "store", "tokens", "typecheck"},
     {"bytecode", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
     {"codec.values", "codedigest", "create", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
-    {"codec", "providers", "reuse", "rundocs"},
+    {"codec", "costs", "providers", "reuse", "rundocs"},
     {"generate", "settings"},
+    {"sending"},
     {"run"},
     {"engine"},
     {"drive"},
@@ -50,6 +51,8 @@ DOORS = {
     "openai": {"providers.openai"},
     "anthropic": {"providers.anthropic"},
     "genai_prices": {"ledger"},
+    "tiktoken": {"tokens"},
+    "tiktoken_ext": {"tokens"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

@@ -12,7 +12,9 @@ from agentflow.providers import registry
 from agentflow.providers.common import transport, use_transport
 from agentflow.providers.registry import known, register
 
-__all__ = ["default_model", "get", "known", "register", "resolve", "set_default_model", "transport", "use_transport"]
+__all__ = [
+    "default_model", "get", "known", "prices", "register", "resolve", "set_default_model", "transport", "use_transport",
+]  # fmt: skip
 
 _WELL_KNOWN = (
     (re.compile(r"(gpt-|chatgpt-|o[134](-|$)|codex-|text-embedding-)"), "openai"),
@@ -77,6 +79,14 @@ def resolve(model: str | None) -> tuple[str, str]:
         'write "provider:name", such as "openai:gpt-5-mini"; agentflow.providers.register adds others. '
         "Nothing was sent."
     )
+
+
+def prices(provider: str) -> str:
+    """The name under which the prices of a provider are published; ``""`` where none are."""
+    if provider in registry.BUILT_IN:
+        return provider.removesuffix("-chat")
+    found = registry.find(provider)
+    return "" if found is None else found.entry.prices or ""
 
 
 def get(provider: str) -> Any:
