@@ -8,7 +8,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, here
@@ -81,8 +81,21 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
             else:
                 when_back(future, current)
             raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
+        except BaseException:  # Ctrl-C, or the function's own failure
+            if call.kind == "ai" and not future.done():
+                _leave_paid(call, future)
+            raise
     finally:
         here.reset(token)
+
+
+def _leave_paid(call: Call, future: Future[Any]) -> None:
+    """A model call whose caller goes: not sent any more, or waited for if it was, because it is paid for."""
+    if call.withdraw():
+        future.cancel()
+        return
+    call.ex.say("waiting for a paid model call in flight, so that its reply is recorded")
+    wait([future], timeout=120)
 
 
 async def _await(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -169,6 +170,9 @@ def current_step() -> Current:
     return place.outer
 
 
+_sending = threading.Lock()
+
+
 class Call(Coroutine[Any, Any, Any]):
     """What ``step(...)`` returns: captured at once, started when it is awaited.
 
@@ -179,6 +183,7 @@ class Call(Coroutine[Any, Any, Any]):
         "__weakref__",
         "_it",
         "_occ",
+        "_withdrawn",
         "args",
         "capture",
         "code",
@@ -194,6 +199,7 @@ class Call(Coroutine[Any, Any, Any]):
         "kind",
         "kwargs",
         "name",
+        "on_way",
         "options",
         "place",
         "policy",
@@ -233,6 +239,8 @@ class Call(Coroutine[Any, Any, Any]):
         self.policy = "auto"
         self.wait: Callable[[], Any] | None = None
         self.why: str | None = None
+        self.on_way = False
+        self._withdrawn = False
         # Set by the engine when it locates the call.
         self.here: Here
         self.ident = self.place = self.counted = self.given = self.digest = ""
@@ -268,6 +276,18 @@ class Call(Coroutine[Any, Any, Any]):
             raise exc[0] if isinstance(exc[0], BaseException) else exc[1] or exc[0]()
         return self._it.throw(exc[0] if len(exc) == 1 else exc[1] or exc[0]())
 
+    def send_off(self) -> bool:
+        """A request is about to be sent: from now on its answer is waited for. False: nothing may be sent any more."""
+        with _sending:
+            self.on_way = not self._withdrawn
+            return self.on_way
+
+    def withdraw(self) -> bool:
+        """Nothing more is sent for this call. True if nothing is on its way, so that it can be dropped."""
+        with _sending:
+            self._withdrawn = True
+            return not self.on_way
+
     def close(self) -> None:
         self.started = True
         if self._it is not None:
@@ -290,6 +310,26 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def stop_clocks() -> list[tuple[Any, float]]:
+    """Waiting does not count against the timeouts of the enclosing steps: what is left of each."""
+    place, stopped = here.get(), []
+    now = asyncio.get_running_loop().time()
+    current = place.outer if place is not None else None
+    while current is not None:
+        if current.clock is not None and (when := current.clock.when()) is not None:
+            stopped.append((current.clock, when - now))
+            current.clock.reschedule(None)
+        current = current.parent
+    return stopped
+
+
+def start_clocks(stopped: list[tuple[Any, float]]) -> None:
+    """Goes on with what ``stop_clocks`` has stopped."""
+    now = asyncio.get_running_loop().time()
+    for clock, left in stopped:
+        clock.reschedule(now + left)
 
 
 def enclosing(call: Call) -> list[Current]:

@@ -20,6 +20,7 @@ from agentflow.calls import Call, Current
 from agentflow.errors import UsageError
 from agentflow.index import in_key
 from agentflow.journal import Add, Journal, Op, Put
+from agentflow.lease import Owner, alive
 
 BY = ("model", "workflow", "step", "day")
 Entry = tuple[str, dict[str, Any]]
@@ -35,19 +36,19 @@ def reply(call: Call, current: Current, raw: dict[str, Any], model: str, key: st
         key: the reply's key, ``m/...``.
         at_most: what was set aside for it; counts against budgets where the price turned out unknown.
     """
-    facts = _facts(call, current, f"{raw['provider']}:{model}")
-    facts |= {"cost": raw["cost"], "price": raw["price"], "in": raw["usage"]["input_tokens"]}
-    facts |= {"out": raw["usage"]["output_tokens"]}
+    what = facts(call, current, f"{raw['provider']}:{model}")
+    what |= {"cost": raw["cost"], "price": raw["price"], "in": raw["usage"]["input_tokens"]}
+    what |= {"out": raw["usage"]["output_tokens"]}
     if raw["cost"] is None and at_most is not None:
-        facts["at_most"] = str(at_most)
-    return _key(call.ex.clock(), key[2:]), facts
+        what["at_most"] = str(at_most)
+    return _key(call.ex.clock(), key[2:]), what
 
 
 def in_doubt(call: Call, current: Current, model: str, at_most: Decimal | None, why: str) -> Op:
     """A row for a call that was sent and whose answer never came: the provider may have charged for it."""
-    facts = _facts(call, current, model) | {"doubt": why, "at_most": None if at_most is None else str(at_most)}
+    what = facts(call, current, model) | {"doubt": why, "at_most": None if at_most is None else str(at_most)}
     around = f"{call.here.epoch}.{current.sample}.{current.attempt}"
-    return _add((_key(call.ex.clock(), f"{call.ex.key}/{call.occ}/{around}/doubt"), facts))
+    return add((_key(call.ex.clock(), f"{call.ex.key}/{call.occ}/{around}/doubt"), what))
 
 
 def saved(run_id: str, workflow: str, at: float, what: dict[tuple[str, str], Decimal]) -> list[Op]:
@@ -55,34 +56,31 @@ def saved(run_id: str, workflow: str, at: float, what: dict[tuple[str, str], Dec
     split = [[step, model, str(amount)] for (step, model), amount in what.items()]
     if not split:
         return []
-    facts = {"run": run_id, "workflow": workflow, "saved": split}
-    return [Add(_key(at, f"{in_key(run_id)}/saved/{os.urandom(4).hex()}"), orjson.dumps(facts).decode())]
+    row = {"run": run_id, "workflow": workflow, "saved": split}
+    return [add((_key(at, f"{in_key(run_id)}/saved/{os.urandom(4).hex()}"), row))]
 
 
 def add(entry: Entry) -> Op:
     """What records a row."""
-    return _add(entry)
+    return Add(entry[0], orjson.dumps(entry[1]).decode())
 
 
 def judged(current: Current, *, wasted: bool) -> list[Op]:
     """What notes that the replies an attempt stood on were for nothing, or that they were of use after all."""
     ops: list[Op] = []
-    for key, facts in current.entries:
-        if facts.get("wasted", False) != wasted:
-            facts["wasted"] = wasted
-            ops.append(Put(key, orjson.dumps(facts).decode()))
+    for key, row in current.entries:
+        if row.get("wasted", False) != wasted:
+            row["wasted"] = wasted
+            ops.append(Put(key, orjson.dumps(row).decode()))
     return ops
-
-
-def _add(entry: Entry) -> Add:
-    return Add(entry[0], orjson.dumps(entry[1]).decode())
 
 
 def _key(at: float, rest: str) -> str:
     return f"l/{int(at * 1000):014d}/{rest}"
 
 
-def _facts(call: Call, current: Current, model: str) -> dict[str, Any]:
+def facts(call: Call, current: Current, model: str) -> dict[str, Any]:
+    """Who asks whom, for what."""
     ex = call.ex
     return {"run": ex.run_id, "workflow": ex.workflow, "step": outermost(current), "call": call.name, "model": model}
 
@@ -132,10 +130,16 @@ class Line:
     wasted: Decimal = Decimal(0)
 
 
-def entries(journal: Journal, since: float | None = None) -> Iterator[tuple[float, str, dict[str, Any]]]:
-    """All rows from ``since`` (seconds since 1970; None: all): when, key, facts."""
-    for key, text in journal.scan("l/", after=None if since is None else _key(since, "")):
-        yield int(key[2:16]) / 1000, key, orjson.loads(text)
+def texts(journal: Journal, since: float | None = None) -> Iterator[tuple[float, str, str]]:
+    """All rows from ``since`` (seconds since 1970; None: all): when, key, facts as text."""
+    for key, text in journal.scan("l/", after=None if since is None else _key(max(since, 0), "")):
+        yield int(key[2:16]) / 1000, key, text
+
+
+def entries(journal: Journal) -> Iterator[tuple[float, str, dict[str, Any]]]:
+    """All rows: when, key, facts."""
+    for at, key, text in texts(journal):
+        yield at, key, orjson.loads(text)
 
 
 def summary(journal: Journal, by: str | None = None) -> list[Line]:
@@ -152,20 +156,25 @@ def summary(journal: Journal, by: str | None = None) -> list[Line]:
         raise UsageError(f"by={by!r} is none of {', '.join(BY)}.")
     lines: dict[tuple[str, str | None], Line] = {}
 
-    def line(at: float, facts: dict[str, Any], step: str, model: str) -> Line:
+    def line(at: float, row: dict[str, Any], step: str, model: str) -> Line:
         day = datetime.fromtimestamp(at, UTC).date().isoformat()
-        name = {"model": model, "workflow": facts["workflow"], "step": step, "day": day}.get(by or "", "all")
-        key = (name, facts["workflow"] if by == "step" else None)
+        name = {"model": model, "workflow": row["workflow"], "step": step, "day": day}.get(by or "", "all")
+        key = (name, row["workflow"] if by == "step" else None)
         if key not in lines:
             lines[key] = Line(*key)
         return lines[key]
 
-    for at, _, facts in entries(journal):
-        if "saved" in facts:
-            for step, model, amount in facts["saved"]:
-                line(at, facts, step, model).saved += Decimal(amount)
+    for at, _, row in entries(journal):
+        if "saved" in row:
+            for step, model, amount in row["saved"]:
+                line(at, row, step, model).saved += Decimal(amount)
             continue
-        _count(line(at, facts, facts["step"], facts["model"]), facts)
+        _count(line(at, row, row["step"], row["model"]), row)
+    # What a killed process had set aside for a call is all that is known of that call.
+    for key, text in journal.scan("lr/"):
+        row = orjson.loads(text)
+        if not alive(Owner(**row["owner"])):
+            _count(line(int(key[3:17]) / 1000, row, row["step"], row["model"]), row | {"doubt": "process ended"})
     if by == "day":
         return sorted(lines.values(), key=lambda one: one.name)
     return sorted(lines.values(), key=lambda one: (-(one.paid or 0), -one.saved, one.name))
@@ -183,19 +192,19 @@ def total(lines: Sequence[Line]) -> Line:
     return whole
 
 
-def _count(line: Line, facts: dict[str, Any]) -> None:
-    if "doubt" in facts:
+def _count(line: Line, row: dict[str, Any]) -> None:
+    if "doubt" in row:
         line.in_doubt += 1
-        if facts["at_most"] is not None:
-            line.in_doubt_at_most = (line.in_doubt_at_most or Decimal(0)) + Decimal(facts["at_most"])
+        if row["at_most"] is not None:
+            line.in_doubt_at_most = (line.in_doubt_at_most or Decimal(0)) + Decimal(row["at_most"])
         return
     line.calls += 1
-    line.input_tokens += facts["in"]
-    line.output_tokens += facts["out"]
-    if facts["cost"] is None:
+    line.input_tokens += row["in"]
+    line.output_tokens += row["out"]
+    if row["cost"] is None:
         line.unknown += 1
         return
-    cost = Decimal(facts["cost"])
+    cost = Decimal(row["cost"])
     line.paid = (line.paid or Decimal(0)) + cost
-    if facts.get("wasted"):
+    if row.get("wasted"):
         line.wasted += cost

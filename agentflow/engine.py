@@ -72,6 +72,23 @@ class Overtaken(BaseException):
 NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy, Waiting)
 
 
+def _not_recorded(error: BaseException) -> bool:
+    """Whether an error is one of these, or a task group's that holds one."""
+    return isinstance(error, NOT_RECORDED) or (
+        isinstance(error, BaseExceptionGroup) and error.subgroup(NOT_RECORDED) is not None
+    )
+
+
+def over_budget(error: BaseException) -> BudgetExceeded | None:
+    """The error of a budget that this one is, or that a task group's holds; None if it is neither."""
+    while isinstance(error, BaseExceptionGroup):
+        found = error.subgroup(BudgetExceeded)
+        if found is None:
+            return None
+        error = found.exceptions[0]
+    return error if isinstance(error, BudgetExceeded) else None
+
+
 def process(call: Call) -> Process:
     """Everything between ``await step(...)`` and its value."""
     ex = call.ex
@@ -247,12 +264,14 @@ def _run(call: Call, again: int = 0) -> Process:
             result = yield ("attempt", current, options.timeout)
             text, value = codec.roundtrip(result, where="result")
         except Exception as exc:
-            if isinstance(exc, NOT_RECORDED):
+            if _not_recorded(exc):
+                if over_budget(exc) is not None:  # nothing was sent: it leaves nothing in doubt
+                    ex.unstart(call, slot, current)
                 raise
             failure = exc
         except BaseException:
             current.left = True
-            if ex.suspended:
+            if ex.suspended or (call.kind == "ai" and not call.on_way):
                 ex.unstart(call, slot, current)
             raise
         else:

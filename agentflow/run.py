@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from agentflow import codec, costs
+from agentflow.budgets import RunBudget
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import LeaseLost, StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
@@ -88,6 +89,7 @@ class Execution:
     retry_upto: int = 0
     undoing: bool = False
     prior: str | None = None
+    budget: RunBudget | None = None
     same_code: bool = False
     input_text: str = ""
     stay: bool = False

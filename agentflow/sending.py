@@ -1,4 +1,4 @@
-"""What stands around the POST of a model call: what it may cost, and what becomes of it in the ledger.
+"""What stands around the POST of a model call: whether it may be sent, what it may cost, its row in the ledger.
 
 ``sending`` is entered before a request is sent and left when its reply is recorded, or when none came. A call that was
 sent and brought no answer (a timeout, a broken connection, a killed process) may have been charged for: it is *in
@@ -7,6 +7,7 @@ doubt*, and the ledger says so.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from decimal import Decimal
@@ -14,10 +15,11 @@ from typing import Any
 
 import orjson
 
-from agentflow import costs, ledger, providers, tokens
-from agentflow.calls import Call, Current
-from agentflow.errors import JournalError, ModelError
-from agentflow.journal import Add, Op
+from agentflow import budgets, costs, ledger, providers, tokens
+from agentflow.calls import Call, Current, Suspend, start_clocks, stop_clocks
+from agentflow.errors import ModelError
+from agentflow.journal import Add, Drop, Op
+from agentflow.line import Admit, Line
 from agentflow.models import Usage
 
 ASSUMED_OUTPUT = 2_000
@@ -32,6 +34,7 @@ class Ticket:
 
     Attributes:
         at_most: dollars that it may cost; None if that is not known, or nobody has asked.
+        held: what is set aside for it; None where there is no budget.
     """
 
     def __init__(self, call: Call, current: Current, provider: str, body: dict[str, Any]) -> None:
@@ -41,62 +44,149 @@ class Ticket:
         self.body = body
         self.model = str(body["model"])
         self.at_most: Decimal | None = None
+        self.held: budgets.Held | None = None
         self.saved = False
+        # What it takes from the run's budget: all that was set aside, until it is known to be less.
+        self.cost: Decimal | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.provider}:{self.model}"
 
     async def save(self, key: str, record: dict[str, Any], more: Sequence[Op] = ()) -> None:
         """Records the reply, its row in the ledger, and ``more``, in one commit; durable when it returns."""
         ex = self.call.ex
-        entry = costs.reply(self.call, self.current, record, self.model, key, self.at_most)
+        entry = costs.reply(self.call, self.current, record, self.model, key, self.at_most if self.held else None)
         kept = orjson.dumps({**record, "ledger": entry[0]}).decode()
-        ops = [Add(key, kept), costs.add(entry), *more, *(ex.saved_row() if ex.scratch else ())]
+        ops = [Add(key, kept), costs.add(entry), *more, *self._given_back(), *(ex.saved_row() if ex.scratch else ())]
         self.saved = True
         await ex.journal.acommit(ops, fence=ex.fence, paid=True)
+        self.cost = budgets.counts(entry[1])
         ex.paid(self.current, None if record["cost"] is None else Decimal(record["cost"]), entry)
         seen = self.provider, self.model
         _written[seen] = max(_written.get(seen, 0), record["usage"]["output_tokens"])
 
     async def failed(self, error: BaseException) -> None:
         """No reply came: says in the ledger whether the provider may have charged for one all the same."""
-        if self.saved or not _may_have_charged(error):
-            return
         ex = self.call.ex
-        why = error.code if isinstance(error, ModelError) else "cancelled"
-        at_most = self.at_most
-        if at_most is None:
-            at_most = most(self.provider, self.body, None, load=False)[0]
-        ops = [costs.in_doubt(self.call, self.current, f"{self.provider}:{self.model}", at_most, why or "")]
+        ops = self._given_back()
+        if _may_have_charged(error):
+            why = error.code if isinstance(error, ModelError) else "cancelled"
+            at_most = self.at_most
+            if at_most is None:
+                at_most = most(self.provider, self.body, None, load=False)[0]
+            ops.append(costs.in_doubt(self.call, self.current, self.name, at_most, why or ""))
+        else:
+            self.cost = Decimal(0)
+        if not ops:
+            return
         if isinstance(error, Exception):
             await ex.journal.acommit(ops, fence=ex.fence)
         else:  # cancelled: whatever is awaited here would be cancelled too
             ex.journal.commit(ops, fence=ex.fence)
+
+    def _given_back(self) -> list[Op]:
+        return [] if self.held is None else self.held.given_back()
 
 
 @contextlib.asynccontextmanager
 async def sending(
     call: Call, current: Current, provider: str, body: dict[str, Any], max_tokens: int | None
 ) -> AsyncIterator[Ticket]:
-    """Stands around one POST and the saving of its reply.
+    """Stands around one POST and the saving of its reply. Waits while the budget is held by calls in flight.
 
     Args:
         call, current: the step that asks, and its attempt.
         provider: who is asked.
         body: what is asked, as it is sent.
         max_tokens: the limit of output tokens that the caller named; None for none.
+
+    Raises:
+        BudgetExceeded: the request could cost more than a budget still allows. Nothing was sent.
     """
     ticket = Ticket(call, current, provider, body)
+    async with contextlib.AsyncExitStack() as stack:
+        if call.ex.budget is not None:
+            await _priced(ticket, max_tokens)
+            await stack.enter_async_context(_within_run(ticket, call.ex.budget))
+        _send_off(call)
+        try:
+            yield ticket
+        except BaseException as error:
+            if not ticket.saved:
+                await ticket.failed(error)
+            raise
+        finally:
+            call.on_way = False
+
+
+def _send_off(call: Call) -> None:
+    """Leaves instead, if the call was withdrawn or its run has ended while it waited."""
+    ex = call.ex
+    if ex.closed or (ex.left_branches and ex.is_left(call.here)):
+        raise Suspend
+    if not call.send_off():
+        raise asyncio.CancelledError
+
+
+async def _priced(ticket: Ticket, max_tokens: int | None) -> None:
+    """Finds out what a call under a budget may cost. Loading a tokenizer takes a moment, so another thread does it."""
+    cost, counted, output = await asyncio.to_thread(most, ticket.provider, ticket.body, max_tokens)
+    if cost is None:
+        raise budgets.unpriced(ticket.call, ticket.name, "A budget is set")
+    ticket.at_most = cost
+    ticket.held = budgets.Held(ticket.call, ticket.current, ticket.name, cost, counted, output)
+
+
+@contextlib.asynccontextmanager
+async def _within_run(ticket: Ticket, budget: budgets.RunBudget) -> AsyncIterator[None]:
+    """Sets aside what a call may cost, until it is known what it did cost."""
+    ex, held = ticket.call.ex, ticket.held
+    assert held is not None
+    budget.load(ex.journal, ex.run_id, ex.key)
+    await _turn(ticket, budget.line, lambda: budget.admit(held))
     try:
-        yield ticket
-    except BaseException as error:
-        if not isinstance(error, JournalError):
-            await ticket.failed(error)
+        try:
+            await ex.journal.acommit([held.row()], fence=ex.fence)
+        except BaseException:
+            ticket.cost = Decimal(0)  # not sent
+            raise
+        yield
+    except Suspend:
+        ticket.cost = Decimal(0)
         raise
+    finally:
+        budget.settle(held, held.at_most if ticket.cost is None else ticket.cost)
+
+
+async def _turn(ticket: Ticket, line: Line, admit: Admit) -> None:
+    """Waits in a line. That leaves nothing in doubt, and does not count against the timeouts of the steps around."""
+    if line.at_once(admit):
+        return
+    call, current = ticket.call, ticket.current
+    slot, order = current.facts[:2]
+    stopped = stop_clocks()
+    call.ex.unstart(call, slot, current)
+    try:
+        await line.wait(admit)
+    finally:
+        start_clocks(stopped)
+    call.ex.started(call, slot, current, order)
 
 
 def doubt(call: Call, current: Current, request: dict[str, Any]) -> list[Op]:
     """The ledger's row for a call that was in flight when its process ended."""
-    body = request.get("body") or {"model": request["model"], "input": request.get("texts", [])}
-    at_most = most(request["provider"], body, None if "body" in request else 0, load=False)[0]
-    return [costs.in_doubt(call, current, costs.model_of(request), at_most, "process ended")]
+    ex, model = call.ex, costs.model_of(request)
+    ops: list[Op] = []
+    for key, facts in budgets.left_behind(ex.journal, ex.key, call.occ):
+        ops += [Drop(key), costs.in_doubt(call, current, model, Decimal(facts["at_most"]), "process ended")]
+    if not ops:
+        body = request.get("body") or {"model": request["model"], "input": request.get("texts", [])}
+        at_most = most(request["provider"], body, None if "body" in request else 0, load=False)[0]
+        ops = [costs.in_doubt(call, current, model, at_most, "process ended")]
+        if ex.budget is not None:
+            ex.budget.count(at_most or Decimal(0))
+    return ops
 
 
 def most(
