@@ -8,7 +8,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, here
@@ -17,6 +17,7 @@ from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
+from agentflow.settings import log
 from agentflow.workers import threads
 
 T = TypeVar("T")
@@ -69,6 +70,9 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
         context = contextvars.copy_context()
         if is_async:
             future = portal.start(context, call.fn, call.args, call.kwargs)
+            if call.kind == "ai":
+                ex.paying[future] = call
+                future.add_done_callback(lambda done: ex.paying.pop(done, None))
         else:
             future = threads.submit(context, call.fn, call.args, call.kwargs)
         try:
@@ -81,21 +85,24 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
             else:
                 when_back(future, current)
             raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
-        except BaseException:  # Ctrl-C, or the function's own failure
-            if call.kind == "ai" and not future.done():
-                _leave_paid(call, future)
+        except CancelledError as error:  # an Exception here, and no failure of the step
+            raise asyncio.CancelledError from error
+        except BaseException:
+            if call.kind == "ai" and not future.done():  # Ctrl-C
+                stop_paying({future: call})
             raise
     finally:
         here.reset(token)
 
 
-def _leave_paid(call: Call, future: Future[Any]) -> None:
-    """A model call whose caller goes: not sent any more, or waited for if it was, because it is paid for."""
-    if call.withdraw():
-        future.cancel()
-        return
-    call.ex.say("waiting for a paid model call in flight, so that its reply is recorded")
-    wait([future], timeout=120)
+def stop_paying(calls: dict[Future[Any], Call]) -> None:
+    """Model calls whose callers go: those not sent yet are not sent, the others are paid for and waited for."""
+    for future, call in list(calls.items()):
+        if call.withdraw():
+            future.cancel()
+    if sent := [future for future in list(calls) if not future.done()]:
+        log.info("waiting for a paid model call in flight, so that its reply is recorded")
+        wait(sent, timeout=120)
 
 
 async def _await(value: Any) -> Any:

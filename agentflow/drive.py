@@ -375,12 +375,12 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
         here.reset(token)
     ex.tasks.pop(body, None)
     ex.root.task = body
-    stopped = False
+    stopped = ex.stopping = False
     try:
         try:
             await asyncio.wait({body})
         except asyncio.CancelledError:
-            stopped = True
+            stopped = ex.stopping = True
             body.cancel()
             await asyncio.wait({body}, timeout=30)
             raise
@@ -399,6 +399,7 @@ async def _body(main: Callable[[], Awaitable[Any]]) -> Any:
 
 async def _clean_up(ex: Execution, stopped: bool) -> None:
     """Nothing of a run goes on after it: branches are cancelled, paid calls in flight are waited for."""
+    ex.stopping = True  # what waits to be sent is not sent any more
     left = [task for task in ex.tasks if not task.done()]
     for task in left:
         task.cancel()

@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from agentflow import budgets, closing, codec, opening, rundocs
-from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine
+from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine, stop_paying
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.context import Context
 from agentflow.drive import execute
@@ -334,7 +334,8 @@ class Workflow(Generic[P, T]):
                 raise
             closing.close_failed(opened, error)
             raise
-        except BaseException:
+        except BaseException:  # Ctrl-C, while other threads may be asking models
+            stop_paying(ex.paying)
             closing.give_up(opened)
             raise
         finally:

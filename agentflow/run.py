@@ -95,6 +95,7 @@ class Execution:
     stay: bool = False
     suspended: bool = False
     closed: bool = False
+    stopping: bool = False
     ask: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
@@ -111,6 +112,7 @@ class Execution:
     tasks: dict[Any, str] = field(default_factory=dict)
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
+    paying: dict[Any, Call] = field(default_factory=dict)
     threads: int = 0
     going: int = 1
     turn: threading.Condition = field(default_factory=threading.Condition)

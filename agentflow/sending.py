@@ -123,7 +123,7 @@ async def sending(
 def _send_off(call: Call) -> None:
     """Leaves instead, if the call was withdrawn or its run has ended while it waited."""
     ex = call.ex
-    if ex.closed or (ex.left_branches and ex.is_left(call.here)):
+    if ex.closed or ex.stopping or (ex.left_branches and ex.is_left(call.here)):
         raise Suspend
     if not call.send_off():
         raise asyncio.CancelledError

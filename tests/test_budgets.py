@@ -366,15 +366,19 @@ def test_ctrl_c_sends_nothing_that_waited_and_keeps_the_reply_that_was_in_flight
 
         print({"async": by_tasks, "plain": plain}[sys.argv[1]].options(budget=sys.argv[2]).run_sync())
     """
-    process = start_program(program, tmp_path, form, "0.035", "begin")
+    process = start_program(program, tmp_path, form, "0.035", "begin", env=slow.environment)
     while "waits" not in notes(tmp_path):
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "waiting for a paid model call" not in process.stderr.readline():
+        assert process.poll() is None
     slow.release.set()
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "KeyboardInterrupt" in err
     assert [event["text"] for event in slow.arrived] == ["first"]
-    ended = run_program(program, tmp_path, form, "1")
+    ended = run_program(program, tmp_path, form, "1", env=slow.environment)
     assert ended.out == f"{[answer_to('first'), answer_to('second')]}\n" and "doubt" not in ended.err
     assert [event["text"] for event in slow.arrived] == ["first", "second"], "what was in flight was kept"
 
