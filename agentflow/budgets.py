@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -18,10 +21,12 @@ import orjson
 from agentflow import costs
 from agentflow.calls import Call, Current
 from agentflow.errors import BudgetExceeded, UsageError
-from agentflow.journal import Add, Drop, Journal, Op
+from agentflow.journal import Add, Drop, Journal, Op, Txn
 from agentflow.lease import Owner, alive, this_process
 from agentflow.line import Line
 from agentflow.tokens import Count
+
+UNITS = ("hour", "day", "week", "month")
 
 
 def amount(value: Any, where: str) -> Decimal:
@@ -63,7 +68,7 @@ class Held:
         self.key = ""
         self.what = f"{counted} and up to {output:,} output tokens"
 
-    def row(self) -> Op:
+    def row(self) -> Add:
         """What notes it in the journal."""
         ex = self.call.ex
         self.key = f"lr/{int(ex.clock() * 1000):014d}/{ex.key}/{self.call.occ}/{os.urandom(4).hex()}"
@@ -96,7 +101,7 @@ class RunBudget:
         """Where calls wait for others that are in flight."""
         return self._line
 
-    def load(self, journal: Journal, run_id: str, run_key: str) -> None:
+    def load(self, journal: Journal, run_key: str) -> None:
         """Adds up what earlier executions have spent, once."""
         with self._line.lock:
             if self._spent is None:
@@ -136,6 +141,127 @@ class RunBudget:
         with self._line.lock:
             if self._spent is not None:
                 self._spent += cost
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """So many dollars within an hour, a day, a week (from Monday) or a month, each by UTC."""
+
+    limit: Decimal
+    unit: str
+
+    def start(self, now: float) -> datetime:
+        """When the period of a moment has begun."""
+        moment = datetime.fromtimestamp(now, UTC).replace(minute=0, second=0, microsecond=0)
+        if self.unit == "hour":
+            return moment
+        moment = moment.replace(hour=0)
+        if self.unit == "week":
+            return moment - timedelta(days=moment.weekday())
+        return moment.replace(day=1) if self.unit == "month" else moment
+
+
+def period(value: Any) -> Period:
+    """``"5/day"``: a budget for everything within a period.
+
+    Raises:
+        UsageError: no such budget.
+    """
+    dollars_, slash, unit = str(value).strip().partition("/")
+    unit = unit.strip().lower()
+    if not isinstance(value, str) or not slash or unit not in UNITS:
+        raise UsageError(f'configure(budget={value!r}): write dollars and a period, "5/day" ({", ".join(UNITS)}).')
+    return Period(amount(dollars_, "configure(budget=...)"), unit)
+
+
+class PeriodBudget:
+    """The budget of everything that all processes do with one journal within a period.
+
+    What was spent is in the ledger, what is in flight beside it, whoever wrote it. The rows of the ledger are added
+    up once: only those of the last minute are looked at again, as replies are recorded some time after they came.
+    """
+
+    def __init__(self, journal: Journal, period: Period) -> None:
+        self._journal = journal
+        self._period = period
+        self._lock = threading.Lock()
+        self._start: datetime | None = None
+        self._upto = ""
+        self._before = Decimal(0)
+
+    async def admit(self, held: Held) -> bool:
+        """Sets the amount aside if it fits. False where it may fit when calls in flight have come back.
+
+        Raises:
+            BudgetExceeded: it does not fit, and nothing in flight could change that.
+        """
+        ex = held.call.ex
+        now = ex.clock()
+        start = self._period.start(now)
+        after, before = self._added_up(start, now)
+        row = held.row()
+
+        def attempt(txn: Txn) -> bool:
+            if ex.fence is not None:
+                txn.check(ex.fence)
+            spent = before + sum((counts(orjson.loads(text)) for _, text in txn.scan("l/", after)), Decimal(0))
+            in_flight = Decimal(0)
+            for key, text in txn.scan("lr/"):
+                facts = orjson.loads(text)
+                if is_alive(facts):
+                    in_flight += counts(facts)
+                elif key >= f"lr/{_milliseconds(start)}":
+                    spent += counts(facts)
+            fits = spent + in_flight + held.at_most <= self._period.limit
+            if fits:
+                txn.add(row.key, row.value)
+            elif not in_flight:
+                raise self._exceeded(held, spent, start)
+            return fits
+
+        fits = await self._journal.aguarded(attempt)
+        if not fits:
+            held.key = ""
+        return fits
+
+    def _added_up(self, start: datetime, now: float) -> tuple[str, Decimal]:
+        """The key up to which rows are added up, and what they come to."""
+        with self._lock:
+            if start != self._start:
+                self._start, self._upto, self._before = start, f"l/{_milliseconds(start)}", Decimal(0)
+            settled = f"l/{int((now - 60) * 1000):014d}"
+            for key, text in self._journal.scan("l/", after=self._upto, before=settled):
+                self._upto = key
+                self._before += counts(orjson.loads(text))
+            return self._upto, self._before
+
+    def _exceeded(self, held: Held, spent: Decimal, start: datetime) -> BudgetExceeded:
+        limit, unit = self._period.limit, self._period.unit
+        held.key = ""
+        return exceeded(
+            f"everything together has a budget of {dollars(limit)} a {unit} here, and {dollars(spent)} of it is spent "
+            f"since {start:%Y-%m-%d %H:%M} UTC",
+            held,
+            f'Go on when the {unit} is over, or with a higher one: configure(budget="{higher(limit, spent)}/{unit}")',
+            budget=limit,
+            spent=spent,
+        )
+
+
+_periods: dict[tuple[str, Period], PeriodBudget] = {}
+
+
+def period_of(journal: Journal, period: Period) -> PeriodBudget:
+    """The budget of a period in a journal, one object for this process."""
+    key = (f"{journal.path}:{journal.id}", period)
+    found = _periods.get(key)
+    if found is None or found._journal is not journal:
+        found = _periods[key] = PeriodBudget(journal, period)
+    return found
+
+
+def _milliseconds(moment: datetime) -> str:
+    return f"{int(moment.timestamp() * 1000):014d}"
 
 
 def exceeded(what: str, held: Held, go_on: str, *, budget: Decimal, spent: Decimal) -> BudgetExceeded:

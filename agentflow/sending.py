@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +21,7 @@ from agentflow.errors import ModelError
 from agentflow.journal import Add, Drop, Op
 from agentflow.line import Admit, Line
 from agentflow.models import Usage
+from agentflow.settings import settings
 
 ASSUMED_OUTPUT = 2_000
 _OUTPUT_LIMITS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
@@ -58,7 +59,7 @@ class Ticket:
         ex = self.call.ex
         entry = costs.reply(self.call, self.current, record, self.model, key, self.at_most if self.held else None)
         kept = orjson.dumps({**record, "ledger": entry[0]}).decode()
-        ops = [Add(key, kept), costs.add(entry), *more, *self._given_back(), *(ex.saved_row() if ex.scratch else ())]
+        ops = [Add(key, kept), costs.add(entry), *more, *self.given_back(), *(ex.saved_row() if ex.scratch else ())]
         self.saved = True
         await ex.journal.acommit(ops, fence=ex.fence, paid=True)
         self.cost = budgets.counts(entry[1])
@@ -69,7 +70,7 @@ class Ticket:
     async def failed(self, error: BaseException) -> None:
         """No reply came: says in the ledger whether the provider may have charged for one all the same."""
         ex = self.call.ex
-        ops = self._given_back()
+        ops = self.given_back()
         if _may_have_charged(error):
             why = error.code if isinstance(error, ModelError) else "cancelled"
             at_most = self.at_most
@@ -85,7 +86,8 @@ class Ticket:
         else:  # cancelled: whatever is awaited here would be cancelled too
             ex.journal.commit(ops, fence=ex.fence)
 
-    def _given_back(self) -> list[Op]:
+    def given_back(self) -> list[Op]:
+        """What takes away the note of what was set aside."""
         return [] if self.held is None else self.held.given_back()
 
 
@@ -106,10 +108,18 @@ async def sending(
     """
     ticket = Ticket(call, current, provider, body)
     async with contextlib.AsyncExitStack() as stack:
-        if call.ex.budget is not None:
+        if call.ex.budget is not None or settings.budget is not None:
             await _priced(ticket, max_tokens)
+        if call.ex.budget is not None:
             await stack.enter_async_context(_within_run(ticket, call.ex.budget))
-        _send_off(call)
+        try:
+            await _set_aside(ticket)
+            _send_off(call)
+        except BaseException:
+            ticket.cost = Decimal(0)
+            if ops := ticket.given_back():
+                call.ex.journal.commit(ops)
+            raise
         try:
             yield ticket
         except BaseException as error:
@@ -143,35 +153,50 @@ async def _within_run(ticket: Ticket, budget: budgets.RunBudget) -> AsyncIterato
     """Sets aside what a call may cost, until it is known what it did cost."""
     ex, held = ticket.call.ex, ticket.held
     assert held is not None
-    budget.load(ex.journal, ex.run_id, ex.key)
+    budget.load(ex.journal, ex.key)
     await _turn(ticket, budget.line, lambda: budget.admit(held))
     try:
-        try:
-            await ex.journal.acommit([held.row()], fence=ex.fence)
-        except BaseException:
-            ticket.cost = Decimal(0)  # not sent
-            raise
         yield
-    except Suspend:
-        ticket.cost = Decimal(0)
-        raise
     finally:
         budget.settle(held, held.at_most if ticket.cost is None else ticket.cost)
 
 
-async def _turn(ticket: Ticket, line: Line, admit: Admit) -> None:
-    """Waits in a line. That leaves nothing in doubt, and does not count against the timeouts of the steps around."""
-    if line.at_once(admit):
+async def _set_aside(ticket: Ticket) -> None:
+    """Notes in the journal what may be spent; waits where the budget of everything is held by calls in flight."""
+    ex, held = ticket.call.ex, ticket.held
+    if held is None:
         return
+    if settings.budget is None:
+        await ex.journal.acommit([held.row()], fence=ex.fence)
+        return
+    period = budgets.period_of(ex.journal, settings.budget)
+    if not await period.admit(held):
+        pause = 0.02
+        with _waiting(ticket):
+            while not await period.admit(held):
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 0.5)
+
+
+@contextlib.contextmanager
+def _waiting(ticket: Ticket) -> Iterator[None]:
+    """Waiting leaves nothing in doubt, and does not count against the timeouts of the steps around."""
     call, current = ticket.call, ticket.current
     slot, order = current.facts[:2]
     stopped = stop_clocks()
     call.ex.unstart(call, slot, current)
     try:
-        await line.wait(admit)
+        yield
     finally:
         start_clocks(stopped)
     call.ex.started(call, slot, current, order)
+
+
+async def _turn(ticket: Ticket, line: Line, admit: Admit) -> None:
+    """Waits for its turn in a line."""
+    if not line.at_once(admit):
+        with _waiting(ticket):
+            await line.wait(admit)
 
 
 def doubt(call: Call, current: Current, request: dict[str, Any]) -> list[Op]:

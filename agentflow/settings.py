@@ -36,6 +36,7 @@ class Settings:
     authorize: Callable[[Any, str | None], bool] | None = None
     quiet: bool = False
     clock: Callable[[], float] | None = None
+    budget: Any = None  # a budgets.Period
 
 
 settings = Settings()
@@ -50,6 +51,7 @@ def configure(
     notify: Callable[[Any], object] | None = _UNSET,
     authorize: Callable[[Any, str | None], bool] | None = _UNSET,
     redact: Any = _UNSET,
+    budget: str | None = _UNSET,
     quiet: bool = _UNSET,
 ) -> None:
     """Set defaults for this process. What is not named stays as it is; None restores the default.
@@ -60,6 +62,8 @@ def configure(
         notify: called with each new ``HumanTask``.
         authorize: called with a task and the name given as ``by``; False refuses the answer.
         redact: patterns (or a function of text) masked in everything that leaves the journal, besides known keys.
+        budget: dollars that all model calls in the journal may cost within a period, scratch included: "5/day", or
+            per hour, week (from Monday) or month, by UTC. A call that could go beyond it is not sent: BudgetExceeded.
         quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.
 
     Raises:
@@ -83,6 +87,10 @@ def configure(
             if value is not None and not callable(value):
                 raise UsageError(f"configure({name}={value!r}): a function, or None.")
             setattr(settings, name, value)
+    if budget is not _UNSET:
+        from agentflow.budgets import period
+
+        settings.budget = None if budget is None else period(budget)
     if redact is not _UNSET:
         from agentflow.redact import set_extra
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from agentflow import BudgetExceeded, costs, generate_content, ledger, parallel,
 from agentflow.errors import UsageError
 from agentflow.journal import Journal
 from agentflow.line import Line
+from agentflow.settings import settings
 from tests.loopback import Loopback, answer_to
 from tests.programs import notes, run_program, start_program
 
@@ -276,7 +278,7 @@ def test_what_was_paid_before_a_kill_and_what_was_in_flight_still_count_after_it
 
     with Kills() as server:
         process = start_program(program, tmp_path, "0.06", env=server.environment)
-        process.wait(timeout=60)
+        process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL and len(server.arrived) == 3
         line = costs.summary(Journal.open(tmp_path / "journal"))[0]
         assert line.calls == 2 and line.in_doubt == 1
@@ -289,6 +291,124 @@ def test_what_was_paid_before_a_kill_and_what_was_in_flight_still_count_after_it
     assert line.calls == 6 and line.in_doubt == 1
     assert line.paid is not None and line.in_doubt_at_most is not None
     assert line.paid + line.in_doubt_at_most >= server.charged
+
+
+# -- a budget for everything within a period ---------------------------------------------------------------------------
+
+
+def at(text: str) -> Callable[[], float]:
+    return lambda: datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+
+
+async def test_a_day_has_one_budget_for_all_runs_and_for_steps_outside_of_runs(till: Till) -> None:
+    agentflow.configure(budget="0.05/day")
+    settings.clock = at("2026-03-01 23:59")
+
+    @workflow("daily")
+    async def daily(ctx: Any, n: int) -> str:
+        return await ask(f"n {n}")
+
+    for n in range(2):
+        await daily.run(n)
+    await ask("alone")
+    with pytest.raises(BudgetExceeded, match=r"budget of \$0\.05 a day.*since 2026-03-01 00:00 UTC.*0\.10/day"):
+        for n in range(2, 10):
+            await daily.run(n)
+    with pytest.raises(BudgetExceeded):
+        await ask("alone again")
+    spent, sent = till.charged, len(till.arrived)
+    assert Decimal("0.02") < spent <= Decimal("0.05")
+    stopped = agentflow.runs.list(status="interrupted")
+    assert len(stopped) == 1
+    settings.clock = at("2026-03-02 00:00")
+    assert await stopped[0] == answer_to(f"n {sent - 1}"), "a new day"
+    agentflow.configure(budget="0.04/month")
+    with pytest.raises(BudgetExceeded, match="a month"):
+        await ask("again")
+    agentflow.configure(budget=None)
+    await ask("again")
+
+
+async def test_a_run_within_its_own_budget_is_stopped_by_that_of_the_day_and_the_other_way_round(till: Till) -> None:
+    @workflow("both", budget="1")
+    async def both(ctx: Any) -> str:
+        return await ask("x")
+
+    agentflow.configure(budget="0/hour")
+    with pytest.raises(BudgetExceeded, match="everything"):
+        await both.run()
+    agentflow.configure(budget="5/week")
+    with pytest.raises(BudgetExceeded, match="run both"):
+        await both.options(budget=0).run()
+    assert till.arrived == []
+    assert await both.options(budget="1").run() == answer_to("x")
+
+
+def test_processes_that_run_at_once_share_the_budget_of_the_day(tmp_path: Path) -> None:
+    program = """
+        from agentflow import ledger
+        ledger.set_price("priced", 100, 1000)
+        configure(budget="0.20/day")
+
+        @workflow("shared")
+        async def shared(ctx, who):
+            calls = [generate_content(f"{who} {n}", model="openai:priced", max_tokens=20) for n in range(25)]
+            return await parallel(calls)
+
+        shared.run_sync(sys.argv[1])
+    """
+    with Till(latency=0.02) as server:
+        started = [start_program(program, tmp_path, f"p{n}", env=server.environment) for n in range(3)]
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    assert all("BudgetExceeded" in error for error in errors), errors
+    assert Decimal("0.15") < server.charged <= Decimal("0.20")
+    line = costs.summary(Journal.open(tmp_path / "journal"))[0]
+    assert line.paid == server.charged and line.in_doubt == 0
+
+
+def test_what_a_killed_process_had_in_flight_counts_for_the_day(tmp_path: Path) -> None:
+    program = """
+        from agentflow import ledger
+        ledger.set_price("priced", 100, 1000)
+        configure(budget="0.03/day")
+        print(asyncio.run(generate_content("hello", model="openai:priced", max_tokens=20)))
+    """
+
+    class Kills(Till):
+        def arrive(self, asked: Any, path: str) -> tuple[int, Any]:
+            found = super().arrive(asked, path)
+            process.kill()
+            return found[0], "hang"
+
+    with Kills() as server:
+        process = start_program(program, tmp_path, env=server.environment)
+        process.communicate(timeout=60)
+        ended = run_program(program, tmp_path, env=server.environment, expect_failure=True)
+        assert "BudgetExceeded" in ended.err and len(server.arrived) == 1
+
+
+@pytest.mark.parametrize("bad", ["5", 5, "5/year", "/day", "much/day", "-1/day", "5/day/day", True])
+def test_what_is_no_budget_of_a_period_is_refused(bad: Any) -> None:
+    with pytest.raises(UsageError, match=r"budget"):
+        agentflow.configure(budget=bad)
+
+
+async def test_a_reply_of_unknown_price_takes_all_that_was_set_aside_for_it(
+    loopback: Callable[..., Loopback], journal: Journal
+) -> None:
+    words = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hello"}]}
+    loopback({"status": 200, "body": {"id": "r", "status": "completed", "model": "priced", "output": [words]}})
+
+    @workflow("no-usage", budget="0.03")
+    async def no_usage(ctx: Any) -> list[str]:
+        return [await ask("one"), await ask("two")]
+
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded) as caught:
+            await no_usage.run()
+        assert caught.value.spent == caught.value.needed
+    line = costs.summary(journal)[0]
+    assert (line.calls, line.unknown, line.paid) == (1, 1, None)
 
 
 # -- what waits is not sent --------------------------------------------------------------------------------------------
