@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import budgets, costs, ledger, providers, tokens
+from agentflow import budgets, costs, ledger, limits, providers, tokens
 from agentflow.calls import Call, Current, Suspend, start_clocks, stop_clocks
 from agentflow.errors import ModelError
 from agentflow.journal import Add, Drop, Op
@@ -27,6 +27,7 @@ ASSUMED_OUTPUT = 2_000
 _OUTPUT_LIMITS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 _IN_DOUBT = ("timeout", "connection_error", "incomplete_stream", "broken_stream")
 _NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
+_BUSY = (429, 503, 529)
 _written: dict[tuple[str, str], int] = {}  # by provider and model: the longest answer that this process has seen
 
 
@@ -35,6 +36,8 @@ class Ticket:
 
     Attributes:
         at_most: dollars that it may cost; None if that is not known, or nobody has asked.
+        tokens: that it may use at most, 0 if nobody has asked; ``used`` is what it did use, None while unknown.
+        sent: it is on its way, or was.
         held: what is set aside for it; None where there is no budget.
     """
 
@@ -46,7 +49,9 @@ class Ticket:
         self.model = str(body["model"])
         self.at_most: Decimal | None = None
         self.held: budgets.Held | None = None
-        self.saved = False
+        self.saved = self.sent = False
+        self.tokens = 0
+        self.used: int | None = None
         # What it takes from the run's budget: all that was set aside, until it is known to be less.
         self.cost: Decimal | None = None
 
@@ -64,8 +69,9 @@ class Ticket:
         await ex.journal.acommit(ops, fence=ex.fence, paid=True)
         self.cost = budgets.counts(entry[1])
         ex.paid(self.current, None if record["cost"] is None else Decimal(record["cost"]), entry)
-        seen = self.provider, self.model
-        _written[seen] = max(_written.get(seen, 0), record["usage"]["output_tokens"])
+        seen, usage = (self.provider, self.model), record["usage"]
+        self.used = usage["input_tokens"] + usage["output_tokens"]
+        _written[seen] = max(_written.get(seen, 0), usage["output_tokens"])
 
     async def failed(self, error: BaseException) -> None:
         """No reply came: says in the ledger whether the provider may have charged for one all the same."""
@@ -75,7 +81,7 @@ class Ticket:
             why = error.code if isinstance(error, ModelError) else "cancelled"
             at_most = self.at_most
             if at_most is None:
-                at_most = most(self.provider, self.body, None, load=False)[0]
+                at_most = most(self.provider, self.body, None)[0]
             ops.append(costs.in_doubt(self.call, self.current, self.name, at_most, why or ""))
         else:
             self.cost = Decimal(0)
@@ -95,7 +101,10 @@ class Ticket:
 async def sending(
     call: Call, current: Current, provider: str, body: dict[str, Any], max_tokens: int | None
 ) -> AsyncIterator[Ticket]:
-    """Stands around one POST and the saving of its reply. Waits while the budget is held by calls in flight.
+    """Stands around one POST and the saving of its reply.
+
+    Waits for the limits of the model, and while the budget is held by calls in flight. A call that is cancelled
+    while it waits is never sent.
 
     Args:
         call, current: the step that asks, and its attempt.
@@ -108,13 +117,18 @@ async def sending(
     """
     ticket = Ticket(call, current, provider, body)
     async with contextlib.AsyncExitStack() as stack:
-        if call.ex.budget is not None or settings.budget is not None:
-            await _priced(ticket, max_tokens)
+        meter = limits.meter(ticket.name)
+        budgeted = call.ex.budget is not None or settings.budget is not None
+        if budgeted or (meter is not None and meter.limit.tpm is not None):
+            await _look(ticket, max_tokens, budgeted)
+        if meter is not None:
+            await stack.enter_async_context(_within_limits(ticket, meter))
         if call.ex.budget is not None:
             await stack.enter_async_context(_within_run(ticket, call.ex.budget))
         try:
             await _set_aside(ticket)
             _send_off(call)
+            ticket.sent = True
         except BaseException:
             ticket.cost = Decimal(0)
             if ops := ticket.given_back():
@@ -139,13 +153,32 @@ def _send_off(call: Call) -> None:
         raise asyncio.CancelledError
 
 
-async def _priced(ticket: Ticket, max_tokens: int | None) -> None:
-    """Finds out what a call under a budget may cost. Loading a tokenizer takes a moment, so another thread does it."""
-    cost, counted, output = await asyncio.to_thread(most, ticket.provider, ticket.body, max_tokens)
+async def _look(ticket: Ticket, max_tokens: int | None, budgeted: bool) -> None:
+    """Finds out how many tokens a call may use, and under a budget what that may cost."""
+    await tokens.warm(ticket.provider, ticket.model)
+    cost, counted, output = most(ticket.provider, ticket.body, max_tokens)
+    ticket.tokens = counted.tokens + output
+    if not budgeted:
+        return
     if cost is None:
         raise budgets.unpriced(ticket.call, ticket.name, "A budget is set")
     ticket.at_most = cost
     ticket.held = budgets.Held(ticket.call, ticket.current, ticket.name, cost, counted, output)
+
+
+@contextlib.asynccontextmanager
+async def _within_limits(ticket: Ticket, meter: limits.Meter) -> AsyncIterator[None]:
+    """Waits for the limits of the model, and counts the call in them."""
+    use = limits.Use(ticket.tokens)
+    await _turn(ticket, meter.line, lambda: meter.admit(use))
+    try:
+        yield
+    except ModelError as error:
+        if error.status in _BUSY and error.retry_after is not None:
+            meter.pause(error.retry_after)
+        raise
+    finally:
+        meter.done(use, ticket.used, sent=ticket.sent)
 
 
 @contextlib.asynccontextmanager
@@ -207,16 +240,14 @@ def doubt(call: Call, current: Current, request: dict[str, Any]) -> list[Op]:
         ops += [Drop(key), costs.in_doubt(call, current, model, Decimal(facts["at_most"]), "process ended")]
     if not ops:
         body = request.get("body") or {"model": request["model"], "input": request.get("texts", [])}
-        at_most = most(request["provider"], body, None if "body" in request else 0, load=False)[0]
+        at_most = most(request["provider"], body, None if "body" in request else 0)[0]
         ops = [costs.in_doubt(call, current, model, at_most, "process ended")]
         if ex.budget is not None:
             ex.budget.count(at_most or Decimal(0))
     return ops
 
 
-def most(
-    provider: str, body: dict[str, Any], max_tokens: int | None, *, load: bool = True
-) -> tuple[Decimal | None, tokens.Count, int]:
+def most(provider: str, body: dict[str, Any], max_tokens: int | None) -> tuple[Decimal | None, tokens.Count, int]:
     """What a request may cost: its input tokens and the most it may answer, at the known price.
 
     Where the caller named no limit, an answer of 2,000 tokens is assumed, or the longest that this process has had
@@ -226,13 +257,12 @@ def most(
         provider: who is asked.
         body: the request as it is sent.
         max_tokens: the limit of output tokens that the caller named; None for none.
-        load: as in ``tokens.count``.
 
     Returns:
         Dollars, None where no price is known; the input tokens; the output tokens.
     """
     model = str(body["model"])
-    counted = tokens.count(provider, model, body, load=load)
+    counted = tokens.count(provider, model, body)
     output = max_tokens
     if output is None:
         output = max(ASSUMED_OUTPUT, _written.get((provider, model), 0))

@@ -7,6 +7,7 @@ three bytes, because the model's tokenizer is not public, its file is not on thi
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -47,14 +48,13 @@ class Count(NamedTuple):
         return f"{self.tokens:,} input tokens ({self.how})"
 
 
-def count(provider: str, model: str, body: dict[str, Any], *, load: bool = True) -> Count:
-    """The input tokens of a request.
+def count(provider: str, model: str, body: dict[str, Any]) -> Count:
+    """The input tokens of a request, with the model's tokenizer if ``warm`` has loaded it.
 
     Args:
         provider: ``openai``, ``openai-chat``, ``anthropic`` or the name of a registered server.
         model: the model's name, without a provider in front.
         body: the request as it is sent.
-        load: False uses a tokenizer only if it was loaded before; loading takes half a second.
     """
     asked = _Asked()
     asked.look({name: value for name, value in body.items() if name not in ("model", "stream")})
@@ -62,11 +62,18 @@ def count(provider: str, model: str, body: dict[str, Any], *, load: bool = True)
     name, known = encoding_of(provider, model)
     if name is None or asked.extra or sum(map(len, asked.texts)) > MOST_CHARACTERS:
         return Count(estimate, "estimated")
-    encoding = _loaded.get(name) or (_load(name) if load else None)
+    encoding = _loaded.get(name)
     if encoding is None:
         return Count(estimate, "estimated")
     tokens = sum(len(encoding.encode_ordinary(text)) for text in asked.texts)
     return Count(tokens + asked.messages * _A_MESSAGE + _THE_REPLY, "exact" if known and asked.plain else "assumed")
+
+
+async def warm(provider: str, model: str) -> None:
+    """Loads the tokenizer of a model if it is on this machine: half a second, in another thread, once a process."""
+    name, _ = encoding_of(provider, model)
+    if name is not None and name not in _loaded:
+        await asyncio.to_thread(load, name)
 
 
 def encoding_of(provider: str, model: str) -> tuple[str | None, bool]:
@@ -82,18 +89,16 @@ def encoding_of(provider: str, model: str) -> tuple[str | None, bool]:
     return (name, True) if name in _FILES else (None, False)
 
 
-def _load(name: str) -> Any:
-    """The encoding, if its file is on this machine as tiktoken expects it: any other it would download anew."""
+def load(name: str) -> None:
+    """Loads an encoding if its file is on this machine as tiktoken expects it: any other it would download anew."""
     with _lock:
         if name in _loaded:
-            return _loaded[name]
+            return
         import tiktoken
         from tiktoken import registry
 
-        if name not in registry.ENCODINGS and not _is_here(name):
-            return None
-        _loaded[name] = tiktoken.get_encoding(name)
-        return _loaded[name]
+        here = name in registry.ENCODINGS or _is_here(name)
+        _loaded[name] = tiktoken.get_encoding(name) if here else None
 
 
 def _is_here(name: str) -> bool:

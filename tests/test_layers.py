@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
     {"errors", "models", "workers"},
-    {"calls", "canonical", "codec.common", "durations", "files", "ledger", "marks", "providers.streams", "redact", "schema", "store", "tokens", "typecheck"},
-    {"bytecode", "codec.classes", "codec.tree", "compare", "layout", "line", "prompts", "providers.common", "records", "spill"},
+    {"calls", "canonical", "codec.common", "durations", "files", "ledger", "line", "marks", "providers.streams", "redact", "schema", "store", "tokens", "typecheck"},
+    {"bytecode", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
     {"codec.values", "codedigest", "create", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
