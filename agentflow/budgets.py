@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
+from functools import cache
 from typing import Any
 
 import orjson
@@ -205,10 +206,10 @@ class PeriodBudget:
             if ex.fence is not None:
                 txn.check(ex.fence)
             spent = before + sum((counts(orjson.loads(text)) for _, text in txn.scan("l/", after)), Decimal(0))
-            in_flight = Decimal(0)
+            in_flight, living = Decimal(0), cache(_is_alive)
             for key, text in txn.scan("lr/"):
                 facts = orjson.loads(text)
-                if is_alive(facts):
+                if living(tuple(facts["owner"].items())):
                     in_flight += counts(facts)
                 elif key >= f"lr/{_milliseconds(start)}":
                     spent += counts(facts)
@@ -314,6 +315,6 @@ def left_behind(journal: Journal, run_key: str, occ: str) -> list[tuple[str, dic
     return [(key, orjson.loads(text)) for key, text in found]
 
 
-def is_alive(facts: dict[str, Any]) -> bool:
+def _is_alive(owner: tuple[tuple[str, Any], ...]) -> bool:
     """Whether the process that has set something aside still runs."""
-    return alive(Owner(**facts["owner"]))
+    return alive(Owner(**dict(owner)))

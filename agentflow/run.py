@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec, costs
+from agentflow import codec, costs, sending
 from agentflow.budgets import RunBudget
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import LeaseLost, StepFailed
@@ -26,6 +26,7 @@ from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key,
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
 from agentflow.settings import log, settings
+from agentflow.tokens import Count
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
 PROCESS_START = time.time()
@@ -49,13 +50,20 @@ class Attempts:
 
 @dataclass(slots=True)
 class PlanStep:
-    """One line of a plan: ``state`` is reused, changed or unknown (not recorded yet); ``cost`` in dollars, or None."""
+    """One line of a plan.
+
+    Attributes:
+        state: reused, changed or unknown (not recorded yet).
+        cost: estimated dollars; None if that is not known.
+        tokens: of a model call's question, and whether they are exact, assumed or estimated; None for other steps.
+    """
 
     name: str
     state: str
     reason: str = ""
     diff: str = ""
     cost: Decimal | None = None
+    tokens: Count | None = None
 
 
 @dataclass(slots=True)
@@ -698,14 +706,22 @@ class Execution:
         old = call.slot if call.slot is not None and call.slot.n >= 0 else None
         if old is None:
             old = next((slot for slot in self.unclaimed(call) if slot.n >= 0), None)
+        asks = call.request is not None and "body" in call.request
         if old is None:
-            self.plan_steps.append(PlanStep(call.name, "unknown", "not recorded yet"))
+            planned = PlanStep(call.name, "unknown", "not recorded yet")
+            if asks:
+                planned.cost, planned.tokens = sending.estimate(call.request, None)
+            self.plan_steps.append(planned)
             return
         row = self.records.row(old, old.n)
         shown = unified(differences(row.given, call.given)) if row.given and call.given else ""
-        reason = call.why or "given other data"
         cost = row.head.get("cost")
-        self.plan_steps.append(PlanStep(call.name, "changed", reason, shown, Decimal(cost) if cost else None))
+        planned = PlanStep(
+            call.name, "changed", call.why or "given other data", shown, Decimal(cost) if cost is not None else None
+        )
+        if asks and row.head["status"] == "completed":
+            planned.cost, planned.tokens = sending.estimate(call.request, codec.decode(row.output)["usage"])
+        self.plan_steps.append(planned)
 
     def forgotten(self, name: str) -> None:
         if not self.suspended and not self.closed:

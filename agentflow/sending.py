@@ -278,6 +278,21 @@ def most(provider: str, body: dict[str, Any], max_tokens: int | None) -> tuple[D
     return cost, counted, output
 
 
+def estimate(request: dict[str, Any], before: dict[str, Any] | None) -> tuple[Decimal | None, tokens.Count]:
+    """What a recorded request would cost now: counted as for a budget, with an answer as long as the one before.
+
+    Args:
+        request: what ``generate_content`` was asked.
+        before: the usage of the answer before; None where there was none, and an assumed length is taken.
+    """
+    provider, model = request["provider"], request["model"]
+    name, _ = tokens.encoding_of(provider, model)
+    if name is not None:
+        tokens.load(name)
+    cost, counted, _ = most(provider, request["body"], None if before is None else before["output_tokens"])
+    return cost, counted
+
+
 def _may_have_charged(error: BaseException) -> bool:
     if not isinstance(error, ModelError):
         return not isinstance(error, Exception)
