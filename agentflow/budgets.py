@@ -22,6 +22,7 @@ import orjson
 from agentflow import costs
 from agentflow.calls import Call, Current
 from agentflow.errors import BudgetExceeded, UsageError
+from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal, Op, Txn
 from agentflow.lease import Owner, alive, this_process
 from agentflow.line import Line
@@ -83,14 +84,16 @@ class Held:
 
 
 class RunBudget:
-    """The budget of one execution of a run, all of whose calls this process makes.
+    """The budget of one execution of a run, all of whose calls this process makes, those of runs inside it included.
 
     Args:
+        run_id: the run.
         limit: dollars for all executions of the run together.
         since: epoch seconds; the run has paid nothing before. None: look through the whole ledger.
     """
 
-    def __init__(self, limit: Decimal, since: float | None) -> None:
+    def __init__(self, run_id: str, limit: Decimal, since: float | None) -> None:
+        self.run_id = run_id
         self.limit = limit
         self._since = since
         self._line = Line()
@@ -102,11 +105,11 @@ class RunBudget:
         """Where calls wait for others that are in flight."""
         return self._line
 
-    def load(self, journal: Journal, run_key: str) -> None:
+    def load(self, journal: Journal) -> None:
         """Adds up what earlier executions have spent, once."""
         with self._line.lock:
             if self._spent is None:
-                self._spent = spent(journal, run_key, self._since)
+                self._spent = spent(journal, in_key(self.run_id), self._since)
 
     def admit(self, held: Held) -> float | None:
         """Sets the amount aside if it fits. Infinite where it may fit when others have come back.
@@ -121,9 +124,8 @@ class RunBudget:
             return None
         if self._in_flight:
             return math.inf
-        ex = held.call.ex
         raise exceeded(
-            f"run {ex.run_id} has a budget of {dollars(self.limit)}, and {dollars(self._spent)} of it is spent",
+            f"run {self.run_id} has a budget of {dollars(self.limit)}, and {dollars(self._spent)} of it is spent",
             held,
             f'Go on with a higher one: .options(budget="{higher(self.limit, self._spent + held.at_most)}").run(...)',
             budget=self.limit,
@@ -300,12 +302,12 @@ def counts(facts: dict[str, Any]) -> Decimal:
 def spent(journal: Journal, run_key: str, since: float | None) -> Decimal:
     """What a run has spent so far, calls in doubt and what a killed process had set aside included."""
     total = Decimal(0)
-    for _, key, text in costs.texts(journal, since):
-        if key.split("/", 3)[2] == run_key:
-            total += counts(orjson.loads(text))
-    for key, text in journal.scan("lr/"):
-        if key.split("/", 3)[2] == run_key:
-            total += counts(orjson.loads(text))
+    rows = ((key, text) for _, key, text in costs.texts(journal, since))
+    for key, text in (*rows, *journal.scan("lr/")):
+        own = key.split("/", 3)[2] == run_key
+        if own or '"within":' in text:
+            row = orjson.loads(text)
+            total += counts(row) if own or run_key in row.get("within", ()) else 0
     return total
 
 

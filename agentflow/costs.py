@@ -82,7 +82,8 @@ def _key(at: float, rest: str) -> str:
 def facts(call: Call, current: Current, model: str) -> dict[str, Any]:
     """Who asks whom, for what."""
     ex = call.ex
-    return {"run": ex.run_id, "workflow": ex.workflow, "step": outermost(current), "call": call.name, "model": model}
+    row = {"run": ex.run_id, "workflow": ex.workflow, "step": outermost(current), "call": call.name, "model": model}
+    return row | ({"within": [around.key for around in ex.within()]} if ex.around is not None else {})
 
 
 def model_of(request: Any) -> str:

@@ -239,6 +239,7 @@ class Workflow(Generic[P, T]):
         if ids is not None:
             ids.append(opened.ex.run_id)
         ex = opened.ex
+        ex.around = _around()
         context_ = Context(ex, single(opened.arguments), False)
         outer = here.set(None)
         try:
@@ -292,6 +293,7 @@ class Workflow(Generic[P, T]):
                 time.sleep(delay)
                 delay = min(delay * 1.5, 1.0)
         ex = opened.ex
+        ex.around = _around()
         if ids is not None:
             ids.append(ex.run_id)
         context = Context(ex, single(opened.arguments), True)
@@ -341,6 +343,12 @@ class Workflow(Generic[P, T]):
         finally:
             here.reset(outer)
         return closing.close_completed(opened, *result)
+
+
+def _around() -> Execution | None:
+    """The run in whose body or step this code stands."""
+    place = here.get()
+    return None if place is None or place.ex.scratch else place.ex
 
 
 class _Decorator:
@@ -393,7 +401,7 @@ def workflow(
         timeout: not built yet; anything but None is refused.
         budget: dollars that the model calls of one run may cost in all its executions, such as "2.50". A call that
             could go beyond it is not sent: BudgetExceeded is raised, and the run goes on with a higher budget
-            (``.options(budget="5.00").run(...)``). Replays cost nothing. None: no limit.
+            (``.options(budget="5.00").run(...)``). Runs started inside count too, replays not. None: no limit.
         on_change: what an edit of a step's code means for its steps: "auto", "rerun", "reuse" or "error".
         run_id: a function of the input that gives the run's id. None: the id comes from the input's content.
     """

@@ -254,7 +254,7 @@ def _budget(flow: Definition, document: dict[str, Any]) -> RunBudget | None:
     if limit is None:
         return None
     # A clock that was injected says nothing about when the run was created.
-    return RunBudget(limit, document["created_at"] - 60 if settings.clock is None else None)
+    return RunBudget(document["id"], limit, document["created_at"] - 60 if settings.clock is None else None)
 
 
 def code_digest(flow: Definition) -> str:

@@ -98,6 +98,7 @@ class Execution:
     undoing: bool = False
     prior: str | None = None
     budget: RunBudget | None = None
+    around: Execution | None = None
     same_code: bool = False
     input_text: str = ""
     stay: bool = False
@@ -159,6 +160,18 @@ class Execution:
         self.root = Here(self, "", "0", "", "", None, None)
         if self.scratch:
             self.session = PROCESS_START
+
+    def within(self) -> list[Execution]:
+        """The runs in whose bodies or steps this one was started, the nearest first."""
+        found, at = [], self.around
+        while at is not None:
+            found.append(at)
+            at = at.around
+        return found
+
+    def budgets(self) -> list[RunBudget]:
+        """The budgets that a call of this run has to fit into."""
+        return [ex.budget for ex in (self, *self.within()) if ex.budget is not None]
 
     # -- where a call stands ---------------------------------------------------------------
 

@@ -118,13 +118,14 @@ async def sending(
     ticket = Ticket(call, current, provider, body)
     async with contextlib.AsyncExitStack() as stack:
         meter = limits.meter(ticket.name)
-        budgeted = call.ex.budget is not None or settings.budget is not None
+        own = call.ex.budgets()
+        budgeted = bool(own) or settings.budget is not None
         if budgeted or (meter is not None and meter.limit.tpm is not None):
             await _look(ticket, max_tokens, budgeted)
         if meter is not None:
             await stack.enter_async_context(_within_limits(ticket, meter))
-        if call.ex.budget is not None:
-            await stack.enter_async_context(_within_run(ticket, call.ex.budget))
+        for budget in own:
+            await stack.enter_async_context(_within_run(ticket, budget))
         try:
             await _set_aside(ticket)
             _send_off(call)
@@ -184,9 +185,9 @@ async def _within_limits(ticket: Ticket, meter: limits.Meter) -> AsyncIterator[N
 @contextlib.asynccontextmanager
 async def _within_run(ticket: Ticket, budget: budgets.RunBudget) -> AsyncIterator[None]:
     """Sets aside what a call may cost, until it is known what it did cost."""
-    ex, held = ticket.call.ex, ticket.held
+    held = ticket.held
     assert held is not None
-    budget.load(ex.journal, ex.key)
+    budget.load(ticket.call.ex.journal)
     await _turn(ticket, budget.line, lambda: budget.admit(held))
     try:
         yield
@@ -242,8 +243,8 @@ def doubt(call: Call, current: Current, request: dict[str, Any]) -> list[Op]:
         body = request.get("body") or {"model": request["model"], "input": request.get("texts", [])}
         at_most = most(request["provider"], body, None if "body" in request else 0)[0]
         ops = [costs.in_doubt(call, current, model, at_most, "process ended")]
-        if ex.budget is not None:
-            ex.budget.count(at_most or Decimal(0))
+        for budget in ex.budgets():
+            budget.count(at_most or Decimal(0))
     return ops
 
 

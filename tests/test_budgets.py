@@ -230,6 +230,30 @@ async def test_a_budget_given_for_a_run_stays_with_it_whoever_resumes_it(till: T
     assert await agentflow.runs.get(waiting.id) == answer_to("second")
 
 
+async def test_runs_started_inside_a_run_count_in_its_budget_also_after_a_restart(
+    till: Till, again: Callable[[], None]
+) -> None:
+    @workflow("part")
+    async def part(ctx: Any, n: int) -> str:
+        return await ask(f"part {n}")
+
+    @workflow("whole", budget="0.05")
+    async def whole(ctx: Any) -> list[str]:
+        first = await ask("whole")
+        return [first, await part.run(1), *await step("rest", lambda: parallel.map(part.run, range(2, 10)))]
+
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded, match=r"run whole-\w+ has a budget of \$0\.05"):
+            await whole.run()
+        assert Decimal("0.01") < till.charged <= Decimal("0.05")
+        again()
+    sent = len(till.arrived)
+    await part.run(50)
+    assert len(till.arrived) == sent + 1, "by itself it has no budget"
+    assert len(await whole.options(budget="1").run()) == 10
+    assert len(till.arrived) == len({event["digest"] for event in till.arrived}) == 11
+
+
 async def test_a_model_of_unknown_price_is_refused_under_a_budget(till: Till) -> None:
     @workflow("unpriced", budget=5)
     async def unpriced(ctx: Any) -> str:
@@ -487,7 +511,7 @@ def test_ctrl_c_sends_nothing_that_waited_and_keeps_the_reply_that_was_in_flight
         print({"async": by_tasks, "plain": plain}[sys.argv[1]].options(budget=sys.argv[2]).run_sync())
     """
     process = start_program(program, tmp_path, form, "0.035", "begin", env=slow.environment)
-    while "waits" not in notes(tmp_path):
+    while not slow.arrived or "waits" not in notes(tmp_path):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
