@@ -57,6 +57,9 @@ def dollars(value: Decimal) -> str:
     return f"${text}{'0' * max(0, 2 - len(text.partition('.')[2]))}"
 
 
+_held: set[str] = set()  # the notes of calls that this process has in flight
+
+
 class Held:
     """What is set aside for one call: ``key`` is its row in the journal, empty while there is none."""
 
@@ -76,11 +79,17 @@ class Held:
         self.key = f"lr/{int(ex.clock() * 1000):014d}/{ex.key}/{self.call.occ}/{os.urandom(4).hex()}"
         facts = costs.facts(self.call, self.current, self.model)
         facts |= {"at_most": str(self.at_most), "owner": this_process()}
+        _held.add(self.key)
         return Add(self.key, orjson.dumps(facts).decode())
 
     def given_back(self) -> list[Op]:
         """What takes the note away again."""
         return [Drop(self.key)] if self.key else []
+
+    def over(self) -> None:
+        """The call has ended, or was refused: a note that is still there all the same holds up nobody here."""
+        _held.discard(self.key)
+        self.key = ""
 
 
 class RunBudget:
@@ -202,7 +211,7 @@ class PeriodBudget:
         now = ex.clock()
         start = self._period.start(now)
         after, before = self._added_up(start, now)
-        row = held.row()
+        row, me = held.row(), this_process()
 
         def attempt(txn: Txn) -> bool:
             if ex.fence is not None:
@@ -211,7 +220,9 @@ class PeriodBudget:
             in_flight, living = Decimal(0), cache(_is_alive)
             for key, text in txn.scan("lr/"):
                 facts = orjson.loads(text)
-                if living(tuple(facts["owner"].items())):
+                if facts["owner"] == me and key not in _held:
+                    spent += counts(facts)
+                elif living(tuple(facts["owner"].items())):
                     in_flight += counts(facts)
                 elif key >= f"lr/{_milliseconds(start)}":
                     spent += counts(facts)
@@ -224,7 +235,7 @@ class PeriodBudget:
 
         fits = await self._journal.aguarded(attempt)
         if not fits:
-            held.key = ""
+            held.over()
         return fits
 
     def _added_up(self, start: datetime, now: float) -> tuple[str, Decimal]:
@@ -240,7 +251,7 @@ class PeriodBudget:
 
     def _exceeded(self, held: Held, spent: Decimal, start: datetime) -> BudgetExceeded:
         limit, unit = self._period.limit, self._period.unit
-        held.key = ""
+        held.over()
         return exceeded(
             f"everything together has a budget of {dollars(limit)} a {unit} here, and {dollars(spent)} of it is spent "
             f"since {start:%Y-%m-%d %H:%M} UTC",

@@ -132,8 +132,9 @@ async def sending(
             ticket.sent = True
         except BaseException:
             ticket.cost = Decimal(0)
-            if ops := ticket.given_back():
+            if ticket.held is not None and (ops := ticket.given_back()):
                 call.ex.journal.commit(ops)
+                ticket.held.over()
             raise
         try:
             yield ticket
@@ -143,6 +144,8 @@ async def sending(
             raise
         finally:
             call.on_way = False
+            if ticket.held is not None:
+                ticket.held.over()
 
 
 def _send_off(call: Call) -> None:
@@ -171,7 +174,7 @@ async def _look(ticket: Ticket, max_tokens: int | None, budgeted: bool) -> None:
 async def _within_limits(ticket: Ticket, meter: limits.Meter) -> AsyncIterator[None]:
     """Waits for the limits of the model, and counts the call in them."""
     use = limits.Use(ticket.tokens)
-    await _turn(ticket, meter.line, lambda: meter.admit(use))
+    await _turn(ticket, meter.line, lambda: meter.admit(use), f"limits of {ticket.name}")
     try:
         yield
     except ModelError as error:
@@ -188,7 +191,7 @@ async def _within_run(ticket: Ticket, budget: budgets.RunBudget) -> AsyncIterato
     held = ticket.held
     assert held is not None
     budget.load(ticket.call.ex.journal)
-    await _turn(ticket, budget.line, lambda: budget.admit(held))
+    await _turn(ticket, budget.line, lambda: budget.admit(held), f"budget of {budget.run_id}")
     try:
         yield
     finally:
@@ -206,15 +209,16 @@ async def _set_aside(ticket: Ticket) -> None:
     period = budgets.period_of(ex.journal, settings.budget)
     if not await period.admit(held):
         pause = 0.02
-        with _waiting(ticket):
+        with _waiting(ticket, "budget of everything"):
             while not await period.admit(held):
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, 0.5)
 
 
 @contextlib.contextmanager
-def _waiting(ticket: Ticket) -> Iterator[None]:
+def _waiting(ticket: Ticket, what: str) -> Iterator[None]:
     """Waiting leaves nothing in doubt, and does not count against the timeouts of the steps around."""
+    ticket.call.ex.say_once(f"{ticket.call.name}: waits for the {what}, held by calls before it")
     call, current = ticket.call, ticket.current
     slot, order = current.facts[:2]
     stopped = stop_clocks()
@@ -226,10 +230,10 @@ def _waiting(ticket: Ticket) -> Iterator[None]:
     call.ex.started(call, slot, current, order)
 
 
-async def _turn(ticket: Ticket, line: Line, admit: Admit) -> None:
+async def _turn(ticket: Ticket, line: Line, admit: Admit, what: str) -> None:
     """Waits for its turn in a line."""
     if not line.at_once(admit):
-        with _waiting(ticket):
+        with _waiting(ticket, what):
             await line.wait(admit)
 
 

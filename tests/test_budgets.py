@@ -13,12 +13,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 import agentflow
-from agentflow import BudgetExceeded, costs, generate_content, ledger, parallel, step, sync, workflow
+from agentflow import BudgetExceeded, budgets, costs, generate_content, lease, ledger, parallel, step, sync, workflow
 from agentflow.errors import UsageError
-from agentflow.journal import Journal
+from agentflow.journal import Add, Journal
 from agentflow.line import Line
 from agentflow.settings import settings
 from tests.loopback import Loopback, answer_to
@@ -411,6 +412,19 @@ def test_what_a_killed_process_had_in_flight_counts_for_the_day(tmp_path: Path) 
         assert "BudgetExceeded" in ended.err and len(server.arrived) == 1
 
 
+async def test_a_note_that_stayed_behind_in_this_process_counts_and_holds_nobody_up(
+    till: Till, journal: Journal
+) -> None:
+    facts = {"run": "r", "workflow": "w", "step": "s", "call": "s", "model": MODEL, "at_most": "0.04"}
+    row = json.dumps({**facts, "owner": lease.this_process()})
+    journal.commit([Add(f"lr/{int(time.time() * 1000):014d}/r/s/1", row)])
+    agentflow.configure(budget="0.05/month")
+    with pytest.raises(BudgetExceeded, match=r"\$0\.04 of it is spent"):
+        await asyncio.wait_for(ask("x"), 30)
+    agentflow.configure(budget="0.07/month")
+    assert await ask("x") == answer_to("x")
+
+
 @pytest.mark.parametrize("bad", ["5", 5, "5/year", "/day", "much/day", "-1/day", "5/day/day", True])
 def test_what_is_no_budget_of_a_period_is_refused(bad: Any) -> None:
     with pytest.raises(UsageError, match=r"budget"):
@@ -563,3 +577,23 @@ async def test_a_line_is_first_come_first_served_over_loops_and_threads() -> Non
     for thread in threads:
         thread.join(5)
     assert line.at_once(lambda: None)
+
+
+def test_a_run_has_spent_what_is_paid_in_doubt_and_left_behind_also_inside_of_it(journal: Journal) -> None:
+    now = f"{int(time.time() * 1000):014d}"
+    rows = {
+        f"l/{now}/mine/s/0": {"cost": "1"},
+        f"l/{now}/mine/s/1": {"cost": None, "at_most": "20"},
+        f"l/{now}/mine/s/doubt": {"doubt": "timeout", "at_most": "300"},
+        f"l/{now}/mine/s/unknown": {"doubt": "timeout", "at_most": None},
+        f"l/{now}/mine/saved": {"saved": [["s", MODEL, "9"]]},
+        f"lr/{now}/mine/s/2": {"at_most": "4000"},
+        f"l/{now}/child/s/0": {"cost": "50000", "within": ["mine"]},
+        f"lr/{now}/child/s/1": {"at_most": "600000", "within": ["other", "mine"]},
+        f"l/{now}/other/s/0": {"cost": "9"},
+        f"l/{now}/other/s/1": {"cost": "9", "within": ["mine2"]},
+        f"lr/{now}/other/s/2": {"at_most": "9"},
+        "l/00000000000001/mine/s/0": {"cost": "9"},
+    }
+    journal.commit([Add(key, orjson.dumps(row).decode()) for key, row in rows.items()])
+    assert budgets.spent(journal, "mine", time.time() - 60) == Decimal("654321")
