@@ -76,14 +76,17 @@ def meter() -> Meter:
 
 
 async def test_no_more_calls_than_allowed_are_under_way_at_once(server: Counting) -> None:
-    server.latency = 0.01
     configure(limits={MODEL: {"concurrency": 3}})
+    server.release.clear()
 
     @workflow("fan")
     async def fan(ctx: Any) -> list[str]:
         return await parallel([generate_content(f"q {n}", model=MODEL) for n in range(20)])
 
-    assert await fan.run() == [answer_to(f"q {n}") for n in range(20)]
+    run = asyncio.ensure_future(fan.run())
+    await until(lambda: len(server.arrived) == 3 and len(meter().line._places) == 17)
+    server.release.set()
+    assert await run == [answer_to(f"q {n}") for n in range(20)]
     assert len(server.arrived) == 20 and server.most == 3
 
 
@@ -104,7 +107,7 @@ def test_runs_in_several_threads_and_loops_share_the_limit(server: Counting) -> 
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(server.answered) == 12 and server.most == 2
+    assert len(server.answered) == 12 and server.most <= 2
 
 
 async def test_a_limit_is_for_each_model_by_itself_and_the_nearest_name_counts(server: Counting) -> None:
