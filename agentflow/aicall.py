@@ -5,15 +5,16 @@ With tools it is a step around others: what the tools hold counts as given too, 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import agent, batches, codedigest, generate, prompts
+from agentflow import agent, batches, codedigest, costs, generate, prompts, sending
 from agentflow import files as files_in_records
 from agentflow.background import Flight
 from agentflow.blocking import portal
@@ -22,7 +23,6 @@ from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
 from agentflow.durations import Duration
 from agentflow.errors import UsageError
-from agentflow.journal import Add
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
 
@@ -40,6 +40,7 @@ class _Recorder:
         self._prefix = f"m/{ex.key}/{call.occ}/{self._epoch}/"
         self._count = 0
         self.flight = Flight(ex, call.occ, call.name, current)
+        self._ticket: sending.Ticket | None = None
 
     def replies(self) -> list[dict[str, Any]]:
         ex = self._call.ex
@@ -51,15 +52,22 @@ class _Recorder:
         # What a batch has brought to this very attempt is counted already.
         lent = [raw for key, raw in rows if ex.counted.get(key) is not self._current] if rows else found
         ex.counted |= {key: self._current for key, _ in rows}
-        priced = [Decimal(raw["cost"]) for raw in lent if raw["cost"] is not None]
-        ex.totals.saved += sum(priced)
         step: Current | None = self._current if lent else None
         while step is not None:
             step.lent += len(lent)
             step.used_model = True
-            if priced:
-                step.cost = (step.cost or 0) + sum(priced)
             step = step.parent
+        for raw in lent:
+            text = ex.journal.get(raw["ledger"])
+            if text is not None:
+                self._current.stands_on((raw["ledger"], orjson.loads(text)))
+            if raw["cost"] is not None:
+                split = {costs.model_of(self._call.request): Decimal(raw["cost"])}
+                ex.saved(costs.outermost(self._current), split)
+                step = self._current
+                while step is not None:
+                    step.spent(split)
+                    step = step.parent
         return found
 
     def _new(self) -> bool:
@@ -105,12 +113,17 @@ class _Recorder:
         return []
 
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
-        ex = self._call.ex
-        cost = None if raw["cost"] is None else Decimal(raw["cost"])
-        record = orjson.dumps({**raw, "request": files_in_records.shortened(body), "step": self._call.name}).decode()
-        await ex.journal.acommit([Add(f"{self._prefix}{self._count:04d}", record)], fence=ex.fence, paid=True)
+        key = f"{self._prefix}{self._count:04d}"
+        record = {**raw, "request": files_in_records.shortened(body), "step": self._call.name}
+        assert self._ticket is not None
+        await self._ticket.save(key, record)
         self._count += 1
-        ex.paid(self._current, cost)
+
+    @contextlib.asynccontextmanager
+    async def sending(self, body: dict[str, Any], max_tokens: int | None) -> AsyncIterator[None]:
+        request = self._call.request
+        async with sending.sending(self._call, self._current, request["provider"], body, max_tokens) as self._ticket:
+            yield
 
 
 def _without_form(given: str) -> Any:

@@ -18,23 +18,26 @@ request, ``be/<run>/<step>/<version>.<attempt>`` the error that it ended with.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import orjson
 
-from agentflow import background, files, ledger, providers
+from agentflow import background, budgets, costs, files, ledger, providers, sending
 from agentflow.calls import Call, Current, enclosing
 from agentflow.drive import PENDING, Wait
 from agentflow.errors import ModelError, UsageError
-from agentflow.journal import Add, Put
+from agentflow.journal import Add, Drop, Put
 from agentflow.providers import batching
 from agentflow.providers.common import digest, now
 from agentflow.run import Execution
+from agentflow.settings import settings
 
 FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 10.0, 300.0, 1.5  # seconds between two looks of a run that stays
 DUE = 300.0  # seconds after which a suspended run may look again
@@ -243,7 +246,8 @@ class Batches:
     async def _end(self, key: str, batch: _Batch, state: str, ops: tuple[Any, ...] = ()) -> None:
         """Ends what is known of a batch; calls that wait for it still are in none."""
         batch.row["state"] = state
-        await self._ex.journal.acommit([*ops, self._put(key, batch)], fence=self._ex.fence)
+        given_back = self._given_back(batch)
+        await self._ex.journal.acommit([*ops, *given_back, self._put(key, batch)], fence=self._ex.fence)
         for waiter in self._waiters():
             if waiter.batch == key:
                 waiter.batch = None
@@ -278,6 +282,8 @@ class Batches:
         self._count += 1
         key = f"{self._prefix}{number}"
         row = {"provider": first.provider, "model": first.model, "mark": mark, "state": "intended", "batch": None}
+        held = await self._set_aside(group)
+        row |= {"held": held.key, "at_most": str(held.at_most)} if held is not None else {}
         batch = _Batch({**row, "requests": len(group), "since": time.time(), "at": now()})
         ops: list[Any] = []
         for waiter in group:
@@ -310,6 +316,55 @@ class Batches:
         self._tell(key, ident, "submitted", len(group))
         ex.say(f"batch {ident}: {len(group)} requests to {first.model} handed over")
 
+    async def _set_aside(self, group: list[_Waiter]) -> budgets.Held | None:
+        """Sets aside in the budgets what a batch may cost, for as long as it is under way; None where there are none.
+
+        Raises:
+            BudgetExceeded: it may cost more than a budget still allows. Nothing was handed over.
+        """
+        ex, first = self._ex, group[0]
+        own = ex.budgets()
+        if not own and settings.budget is None:
+            return None
+        at_most = Decimal(0)
+        name = f"{first.provider}:{first.model}"
+        for waiter in group:
+            cost, counted, output = sending.most(waiter.provider, waiter.body, None)
+            if cost is None:
+                raise budgets.unpriced(waiter.call, name, "A budget is set")
+            at_most += cost / 2  # the price of a batch
+        held = budgets.Held(first.call, first.current, name, at_most, counted, output)
+        held.what = f"a batch of {len(group)} requests"
+        counted_in = []
+        try:
+            for budget in own:
+                budget.load(ex.journal)
+                if not budget.line.at_once(partial(budget.admit, held)):
+                    await budget.line.wait(partial(budget.admit, held))
+                # From here on the note in the journal says it, to this process and to others.
+                budget.settle(held, at_most)
+                counted_in.append(budget)
+            if settings.budget is None:
+                await ex.journal.acommit([held.row()], fence=ex.fence)
+            else:
+                period, pause = budgets.period_of(ex.journal, settings.budget), 0.02
+                while not await period.admit(held):
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 1.5, 0.5)
+        except BaseException:
+            for budget in counted_in:
+                budget.count(-at_most)
+            raise
+        return held
+
+    def _given_back(self, batch: _Batch) -> list[Any]:
+        """What takes back that something was set aside for a batch, which has ended or never began."""
+        if not batch.row.get("held"):
+            return []
+        for budget in self._ex.budgets():
+            budget.count(-Decimal(batch.row["at_most"]))
+        return [Drop(batch.row.pop("held"))]
+
     # -- collecting ------------------------------------------------------------------------------
 
     async def _collect(self, key: str, batch: _Batch, seen: batching.Seen, results: list[batching.Result]) -> None:
@@ -318,15 +373,15 @@ class Batches:
         by_occ = {result.custom_id.removesuffix(f"-{mark}"): result for result in results}
         waiting = {waiter.call.occ: waiter for waiter in self._waiters() if waiter.batch == key}
         ops: list[Any] = []
-        paid: list[tuple[str, _Waiter | None, Decimal | None]] = []
+        paid: list[tuple[str, _Waiter | None, Decimal | None, costs.Entry]] = []
         outcomes: list[tuple[_Waiter, Any]] = []
 
         async def record(*more: Any) -> None:
             recorded = await ex.journal.acommit([*ops, *more], fence=ex.fence, paid=True)
             fresh = {op.key for op, new in zip(ops, recorded, strict=False) if new}
-            for place, waiter, cost in paid:
+            for place, waiter, cost, entry in paid:
                 if place in fresh:
-                    self._pay(place, waiter, cost)
+                    self._pay(place, waiter, cost, entry)
             for waiter, outcome in outcomes:
                 waiter.outcome = outcome
             for each in (ops, paid, outcomes):
@@ -338,8 +393,11 @@ class Batches:
             if result.reply is not None:
                 raw, place = self._raw(batch.row, member, result), waiter.key if waiter else self._place(member, mark)
                 asked = orjson.loads(ex.journal.get(f"bq/{ex.key}/{key.rpartition('/')[2]}/{occ}") or "{}")
-                ops.append(Add(place, orjson.dumps({**raw, **asked}).decode()))
-                paid.append((place, waiter, None if raw["cost"] is None else Decimal(raw["cost"])))
+                name = str(asked.get("step", ""))
+                step = costs.outermost(waiter.current) if waiter else name
+                entry = costs.batched(ex, step, name, raw, batch.row["model"], place)
+                ops += [Add(place, orjson.dumps({**raw, **asked, "ledger": entry[0]}).decode()), costs.add(entry)]
+                paid.append((place, waiter, None if raw["cost"] is None else Decimal(raw["cost"]), entry))
             else:
                 assert result.error is not None
                 attempt = waiter.attempt if waiter else member["attempt"]
@@ -347,10 +405,10 @@ class Batches:
                 ops.append(Add(self._error_key(occ, attempt), orjson.dumps(facts).decode()))
             if waiter is not None:
                 outcomes.append((waiter, None if result.reply is not None else result.error))
-            if len(ops) == TOGETHER:
+            if len(ops) >= TOGETHER:
                 await record()
         batch.row["state"] = "ended"
-        await record(self._put(key, batch))
+        await record(*self._given_back(batch), self._put(key, batch))
         answered = sum(result.reply is not None for result in results)
         ex.say(f"batch {seen.id}: {seen.status}, {answered} of {len(batch.requests)} requests answered")
 
@@ -359,11 +417,13 @@ class Batches:
         place: str = member["key"]
         return place if self._ex.journal.get(place) is None else f"{place}.{mark}"
 
-    def _pay(self, place: str, waiter: _Waiter | None, cost: Decimal | None) -> None:
+    def _pay(self, place: str, waiter: _Waiter | None, cost: Decimal | None, entry: costs.Entry) -> None:
         totals = self._ex.totals
         self._ex.counted[place] = waiter.current if waiter is not None else None
+        for budget in self._ex.budgets():
+            budget.count(budgets.counts(entry[1]))
         if waiter is not None:
-            self._ex.paid(waiter.current, cost)
+            self._ex.paid(waiter.current, cost, entry)
         elif cost is None:
             totals.unpriced += 1
         else:

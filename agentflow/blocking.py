@@ -8,7 +8,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
@@ -17,6 +17,7 @@ from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
+from agentflow.settings import log
 from agentflow.workers import threads
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ def _answered(call: Call, current: Current) -> Any:
     ex = call.ex
     while True:
         try:
-            return portal.start(contextvars.copy_context(), call.fn, call.args, call.kwargs).result()
+            return _paid(call)
         except Unanswered as unanswered:
             later = unanswered
         wait = later.wait()
@@ -102,6 +103,32 @@ def _answered(call: Call, current: Current) -> Any:
             later.forget(wait)
         if ops := ex.goes_on([current, *enclosing(call)]):
             ex.journal.commit(ops, fence=ex.fence)
+
+
+def _paid(call: Call) -> Any:
+    """``drive._paid`` in the calling thread."""
+    ex = call.ex
+    future = portal.start(contextvars.copy_context(), call.fn, call.args, call.kwargs)
+    ex.paying[future] = call
+    future.add_done_callback(lambda done: ex.paying.pop(done, None))
+    try:
+        return future.result()
+    except CancelledError as error:  # an Exception here, and no failure of the step
+        raise asyncio.CancelledError from error
+    except BaseException:
+        if not future.done():  # Ctrl-C
+            stop_paying({future: call})
+        raise
+
+
+def stop_paying(calls: dict[Future[Any], Call]) -> None:
+    """Model calls whose callers go: those not sent yet are not sent, the others are paid for and waited for."""
+    for future, call in list(calls.items()):
+        if call.withdraw():
+            future.cancel()
+    if sent := [future for future in list(calls) if not future.done()]:
+        log.info("waiting for a paid model call in flight, so that its reply is recorded")
+        wait(sent, timeout=120)
 
 
 async def _await(value: Any) -> Any:

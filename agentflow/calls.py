@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -100,9 +101,11 @@ class Current:
     __slots__ = (
         "asked",
         "attempt",
+        "by_model",
         "call",
         "clock",
         "cost",
+        "entries",
         "facts",
         "id",
         "idempotency_key",
@@ -137,11 +140,27 @@ class Current:
         self.facts: Any = None
         self.used_model = False
         self.cost: Any = None
+        self.by_model: dict[str, Any] = {}
         self.unknown = 0
+        # The ledger's rows of the replies that this attempt stands on, paid for here or before.
+        self.entries: list[tuple[str, dict[str, Any]]] = []
         self.clock: Any = None
         # What the steps inside have claimed and counted, to be given back to a next attempt.
         self.taken: list[Slot] = []
         self.asked: list[tuple[dict[Any, int], Any]] = []
+
+    def stands_on(self, entry: tuple[str, dict[str, Any]]) -> None:
+        """Notes the ledger's row of a reply that this attempt uses, here and in the steps around."""
+        step: Current | None = self
+        while step is not None:
+            step.entries.append(entry)
+            step = step.parent
+
+    def spent(self, split: dict[str, Any]) -> None:
+        """Dollars that this step's result rests on, by model; paid now or by an earlier execution."""
+        for model, amount in split.items():
+            self.cost = (self.cost or 0) + amount
+            self.by_model[model] = self.by_model.get(model, 0) + amount
 
     @property
     def around(self) -> str:
@@ -165,6 +184,9 @@ def current_step() -> Current:
     return place.outer
 
 
+_sending = threading.Lock()
+
+
 class Call(Coroutine[Any, Any, Any]):
     """What ``step(...)`` returns: captured at once, started when it is awaited.
 
@@ -175,6 +197,7 @@ class Call(Coroutine[Any, Any, Any]):
         "__weakref__",
         "_it",
         "_occ",
+        "_withdrawn",
         "args",
         "capture",
         "code",
@@ -191,6 +214,7 @@ class Call(Coroutine[Any, Any, Any]):
         "kwargs",
         "max_turns",
         "name",
+        "on_way",
         "options",
         "place",
         "policy",
@@ -231,6 +255,8 @@ class Call(Coroutine[Any, Any, Any]):
         self.wait: Callable[[], Any] | None = None
         self.why: str | None = None
         self.max_turns = 0
+        self.on_way = False
+        self._withdrawn = False
         # Set by the engine when it locates the call.
         self.here: Here
         self.ident = self.place = self.counted = self.given = self.digest = ""
@@ -270,6 +296,18 @@ class Call(Coroutine[Any, Any, Any]):
             raise exc[0] if isinstance(exc[0], BaseException) else exc[1] or exc[0]()
         return self._it.throw(exc[0] if len(exc) == 1 else exc[1] or exc[0]())
 
+    def send_off(self) -> bool:
+        """A request is about to be sent: from now on its answer is waited for. False: nothing may be sent any more."""
+        with _sending:
+            self.on_way = not self._withdrawn
+            return self.on_way
+
+    def withdraw(self) -> bool:
+        """Nothing more is sent for this call. True if nothing is on its way, so that it can be dropped."""
+        with _sending:
+            self._withdrawn = True
+            return not self.on_way
+
     def close(self) -> None:
         self.started = True
         if self._it is not None:
@@ -292,6 +330,26 @@ def current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def stop_clocks() -> list[tuple[Any, float]]:
+    """Waiting does not count against the timeouts of the enclosing steps: what is left of each."""
+    place, stopped = here.get(), []
+    now = asyncio.get_running_loop().time()
+    current = place.outer if place is not None else None
+    while current is not None:
+        if current.clock is not None and (when := current.clock.when()) is not None:
+            stopped.append((current.clock, when - now))
+            current.clock.reschedule(None)
+        current = current.parent
+    return stopped
+
+
+def start_clocks(stopped: list[tuple[Any, float]]) -> None:
+    """Goes on with what ``stop_clocks`` has stopped."""
+    now = asyncio.get_running_loop().time()
+    for clock, left in stopped:
+        clock.reschedule(now + left)
 
 
 def enclosing(call: Call) -> list[Current]:

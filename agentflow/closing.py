@@ -13,6 +13,7 @@ from agentflow import codec, human, rundocs
 from agentflow.calls import PLAIN, Call, Options
 from agentflow.drive import Wait, collect
 from agentflow.errors import (
+    BudgetExceeded,
     JournalError,
     LeaseLost,
     StepFailed,
@@ -154,25 +155,29 @@ def close(opened: Opened, status: str) -> None:
         document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
     ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
-    ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status)
+    ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
     assert opened.lease is not None
     opened.lease.release(ops)
     if status != "waiting":
         ex.journal.clear_marks(ex.run_id)
 
 
-def give_up(opened: Opened) -> None:
-    """Stopped from outside, or the journal failed: leave the run as it is, free for the next start."""
+def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
+    """Stopped from outside or by its budget, or the journal failed: leave the run as it is, free for the next start."""
     opened.ex.closed = True
+    if over is not None:
+        opened.document["error"] = codec.encode_exception(over)
     assert opened.lease is not None
     try:
-        opened.lease.release(rundocs.write(opened.document, "interrupted"))
+        opened.document["saved"] = str(Decimal(opened.document.get("saved", "0")) + opened.ex.totals.saved)
+        ops: list[Any] = [Drop(key) for key in opened.ex.unstarted]
+        opened.lease.release(ops + rundocs.write(opened.document, "interrupted") + opened.ex.saved_row())
     except LeaseLost:
         log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
     except JournalError as error:
         log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)
     else:
-        summary(opened.ex, "interrupted")
+        summary(opened.ex, "interrupted" if over is None else "stopped by its budget")
 
 
 def summary(ex: Execution, status: str) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here
+from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here, start_clocks, stop_clocks
 from agentflow.engine import keep_late, process
 from agentflow.errors import JournalError, NotRecordable, StepTimeout
 from agentflow.reuse import located
@@ -151,7 +151,10 @@ async def _answered(call: Call, current: Current) -> Any:
 
 
 async def _paid(call: Call) -> Any:
-    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded."""
+    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded.
+
+    One that was not sent yet is not sent any more.
+    """
     ex = call.ex
     task = asyncio.get_running_loop().create_task(call.fn())
     ex.tasks.pop(task, None)
@@ -160,6 +163,8 @@ async def _paid(call: Call) -> Any:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        if call.withdraw():
+            task.cancel()
         task.add_done_callback(lambda t: t.cancelled() or t.exception())
         raise
 
@@ -283,7 +288,7 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
     ex.parked[future] = (wait, asyncio.current_task())
     if ex.watcher is None or ex.watcher.done():
         ex.watcher = contextvars.Context().run(asyncio.ensure_future, _watch(ex))
-    clocks = _stop_clocks()
+    clocks = stop_clocks()
     place = here.get()
     waiting = enclosing(place.outer.call) if place is not None and place.outer is not None else []
     if ex.stay and (ops := ex.only_waits(waiting)):
@@ -295,22 +300,7 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
         return result
     finally:
         ex.parked.pop(future, None)
-        now = asyncio.get_running_loop().time()
-        for clock, left in clocks:
-            clock.reschedule(now + left)
-
-
-def _stop_clocks() -> list[tuple[Any, float]]:
-    """Waiting does not count against the timeouts of the enclosing steps."""
-    place, stopped = here.get(), []
-    now = asyncio.get_running_loop().time()
-    current = place.outer if place is not None else None
-    while current is not None:
-        if current.clock is not None and (when := current.clock.when()) is not None:
-            stopped.append((current.clock, when - now))
-            current.clock.reschedule(None)
-        current = current.parent
-    return stopped
+        start_clocks(clocks)
 
 
 async def _watch(ex: Execution) -> None:
@@ -423,12 +413,12 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
         here.reset(token)
     ex.tasks.pop(body, None)
     ex.root.task = body
-    stopped = False
+    stopped = ex.stopping = False
     try:
         try:
             await asyncio.wait({body})
         except asyncio.CancelledError:
-            stopped = True
+            stopped = ex.stopping = True
             body.cancel()
             await asyncio.wait({body}, timeout=30)
             raise
@@ -447,6 +437,7 @@ async def _body(main: Callable[[], Awaitable[Any]]) -> Any:
 
 async def _clean_up(ex: Execution, stopped: bool) -> None:
     """Nothing of a run goes on after it: branches are cancelled, paid calls in flight are waited for."""
+    ex.stopping = True  # what waits to be sent is not sent any more
     left = [task for task in ex.tasks if not task.done()]
     for task in left:
         task.cancel()

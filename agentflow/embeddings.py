@@ -11,12 +11,11 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from agentflow import providers
+from agentflow import providers, sending
 from agentflow.aicall import _RETRY, _retrying
 from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
@@ -164,26 +163,36 @@ async def _pay(
     timeout: float | None,
 ) -> None:
     """One POST; its vectors are recorded with it, in one commit."""
-    ex = call.ex
-    raw = await send(body, timeout)
-    vectors = _vectors(raw["body"], len(keys))
-    cost = None if raw["cost"] is None else Decimal(raw["cost"])
-    # What was sent and came stands in the vectors' own rows; an answer that does not fit is kept as it came.
-    kept = {**raw, "step": call.name, "request": {**body, "input": keys}}
-    if vectors is not None:
-        kept["body"] = {**raw["body"], "data": len(keys)}
-    prefix = f"m/{ex.key}/{call.occ}/{call.here.epoch}.{current.sample}/"
-    count = sum(1 for _ in ex.journal.keys(prefix))
-    ops = [Add(f"{prefix}{count:04d}", orjson.dumps(kept).decode())]
-    ops += [Add(key, orjson.dumps(vector).decode()) for key, vector in zip(keys, vectors or (), strict=False)]
-    await ex.journal.acommit(ops, fence=ex.fence, paid=True)
-    ex.paid(current, cost)
+    async with sending.sending(call, current, call.request["provider"], body, 0) as ticket:
+        raw = await send(body, timeout)
+        vectors = _vectors(raw["body"], len(keys))
+        await _keep(call, current, ticket, raw, vectors, body, keys)
     if vectors is None:
         raise ModelError(
             f"{raw['provider']}: the answer does not hold {len(keys)} vectors, one for each text; it is recorded.",
             status=raw["status"],
             code="invalid_reply",
         )
+
+
+async def _keep(
+    call: Call,
+    current: Current,
+    ticket: sending.Ticket,
+    raw: dict[str, Any],
+    vectors: list[list[float]] | None,
+    body: dict[str, Any],
+    keys: list[str],
+) -> None:
+    ex = call.ex
+    # What was sent and came stands in the vectors' own rows; an answer that does not fit is kept as it came.
+    kept = {**raw, "step": call.name, "request": {**body, "input": keys}}
+    if vectors is not None:
+        kept["body"] = {**raw["body"], "data": len(keys)}
+    prefix = f"m/{ex.key}/{call.occ}/{call.here.epoch}.{current.sample}/"
+    count = sum(1 for _ in ex.journal.keys(prefix))
+    found = zip(keys, vectors or (), strict=False)
+    await ticket.save(f"{prefix}{count:04d}", kept, [Add(key, orjson.dumps(vector).decode()) for key, vector in found])
 
 
 def _vectors(body: Any, count: int) -> list[list[float]] | None:

@@ -30,7 +30,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec
+from agentflow import codec, costs, sending
 from agentflow.calls import Call, Current, Suspend
 from agentflow.codedigest import changed_data
 from agentflow.errors import (
@@ -70,6 +70,23 @@ class Overtaken(BaseException):
 
 # Not failures of the step: these leave it as it is and the run resumable.
 NOT_RECORDED = (JournalError, RunCancelled, BudgetExceeded, RunBusy, Waiting)
+
+
+def _not_recorded(error: BaseException) -> bool:
+    """Whether an error is one of these, or a task group's that holds one."""
+    return isinstance(error, NOT_RECORDED) or (
+        isinstance(error, BaseExceptionGroup) and error.subgroup(NOT_RECORDED) is not None
+    )
+
+
+def over_budget(error: BaseException) -> BudgetExceeded | None:
+    """The error of a budget that this one is, or that a task group's holds; None if it is neither."""
+    while isinstance(error, BaseExceptionGroup):
+        found = error.subgroup(BudgetExceeded)
+        if found is None:
+            return None
+        error = found.exceptions[0]
+    return error if isinstance(error, BudgetExceeded) else None
 
 
 def process(call: Call) -> Process:
@@ -247,8 +264,9 @@ def _run(call: Call, again: int = 0) -> Process:
             result = yield ("attempt", current, options.timeout)
             text, value = codec.roundtrip(result, where="result")
         except Exception as exc:
-            if isinstance(exc, NOT_RECORDED):
-                if isinstance(exc, Waiting | RunBusy):  # a run inside it can only wait: nothing is in doubt
+            if _not_recorded(exc):
+                # A run inside it can only wait, or nothing was sent: it leaves nothing in doubt.
+                if isinstance(exc, Waiting | RunBusy) or over_budget(exc) is not None:
                     ex.unstart(call, slot, current)
                 raise
             failure = exc
@@ -256,7 +274,7 @@ def _run(call: Call, again: int = 0) -> Process:
             current.left = True
             if (stop := current.stop) is not None:
                 stop()
-            if ex.suspended:
+            if ex.suspended or (call.kind == "ai" and not call.on_way):
                 ex.unstart(call, slot, current)
             raise
         else:
@@ -282,11 +300,8 @@ def _run(call: Call, again: int = 0) -> Process:
                 "doubt": doubt,
             }
             doubt = 0
-            yield (
-                "commit",
-                [Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())],
-                False,
-            )
+            tried = Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())
+            yield ("commit", [tried, *(costs.judged(current, wasted=True) if retry.resample else ())], False)
             if lent:
                 free += 1
                 ex.say(f"{call.name}: what had been paid for before fails again ({_brief(failure)}); asking anew")
@@ -304,6 +319,8 @@ def _run(call: Call, again: int = 0) -> Process:
             continue
         head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
+        if call.kind == "ai":
+            call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=True))
         yield from _record(call, slot, head, "null")
         if late := ex.late_result(call):
             kept = Row.compose(head | {"status": "completed", "late": True}, late[0], call.given)
@@ -313,6 +330,8 @@ def _run(call: Call, again: int = 0) -> Process:
     head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
     if options.secret:
         head["secret"], text = True, "null"
+    if call.kind == "ai":
+        call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=False))
     yield from _record(call, slot, head, text)
     return ex.finished(call, slot, head, value)
 
@@ -349,6 +368,9 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
     if call.options.in_doubt == "rerun":
         if not state.paid:
             ex.doubt(call)
+            if call.request is not None:
+                current = Current(call, "", state.failed + 1, state.sample)
+                yield ("commit", sending.doubt(call, current, call.request), False)
         return _RUN
     if call.options.in_doubt == "raise":
         raise located(
@@ -434,6 +456,8 @@ def _head(
         head["model_default"] = ex.model()
     if current.cost is not None:
         head["cost"] = str(current.cost)
+    if current.by_model and call.request is None:
+        head["by_model"] = {model: str(part) for model, part in current.by_model.items()}
     if current.unknown:
         head["unpriced"] = current.unknown
     if current.parent is not None:

@@ -17,7 +17,7 @@
     ├── RunBusy                 another process owns the run
     ├── Waiting                 the run can only go on when a person, an event or a time comes
     ├── RunCancelled
-    ├── BudgetExceeded
+    ├── BudgetExceeded          the next call could cost more than the budget still allows
     ├── StepError
     │   ├── StepFailed          mixed into every exception that a step failed with
     │   ├── StepTimeout         one attempt took too long (also a TimeoutError)
@@ -41,6 +41,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 
@@ -135,7 +136,26 @@ class RunCancelled(AgentflowError):
 
 
 class BudgetExceeded(AgentflowError):
-    """The next call could cost more than the budget still allows. The run stays resumable."""
+    """The next call could cost more than the budget still allows; it was not sent. The run stays resumable.
+
+    Attributes, in dollars or None: ``budget``, ``spent`` (calls in doubt included), ``needed`` (what the next call
+    may cost at most); ``run_id``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget: Decimal | None = None,
+        spent: Decimal | None = None,
+        needed: Decimal | None = None,
+        run_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.budget = budget
+        self.spent = spent
+        self.needed = needed
+        self.run_id = run_id
 
 
 class StepError(AgentflowError):

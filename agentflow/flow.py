@@ -16,13 +16,15 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from agentflow import closing, codec, opening, rundocs
-from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine
+from agentflow import budgets, closing, codec, opening, rundocs
+from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine, stop_paying
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.context import Context
 from agentflow.drive import execute
 from agentflow.durations import Duration, seconds
+from agentflow.engine import over_budget
 from agentflow.errors import (
+    BudgetExceeded,
     JournalError,
     RunBusy,
     RunNotFound,
@@ -35,6 +37,7 @@ from agentflow.scratch import open_journal
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Dollars = str | int | float | Decimal
 
 
 class Workflow(Generic[P, T]):
@@ -48,6 +51,7 @@ class Workflow(Generic[P, T]):
         name: str,
         *,
         timeout: Duration | None = None,
+        budget: Decimal | None = None,
         on_change: str = "auto",
         run_id: Callable[..., str] | None = None,
         blocking: bool = False,
@@ -64,6 +68,7 @@ class Workflow(Generic[P, T]):
         self._definition = opening.Definition(
             fn=fn,
             name=name,
+            budget=budget,
             on_change=on_change,
             run_id=run_id,
             blocking=blocking or not inspect.iscoroutinefunction(fn),
@@ -92,6 +97,7 @@ class Workflow(Generic[P, T]):
         rerun: Iterable[str] = (),
         wait: bool = False,
         busy: str = "raise",
+        budget: Dollars | None = None,
     ) -> Workflow[P, T]:
         """The same workflow with options for its next runs.
 
@@ -101,6 +107,8 @@ class Workflow(Generic[P, T]):
             rerun: names (or ids) of steps whose records are dropped and which are done anew.
             wait: True stays until people and long sleeps are through, instead of suspending.
             busy: what if another process owns the run: "raise" (``RunBusy``) or "wait".
+            budget: dollars for the run, in place of the workflow's; kept with the run, for whoever resumes it.
+                None: the run's own, else the workflow's.
         """
         if isinstance(rerun, str):
             raise UsageError(f"rerun={rerun!r}: a list of step names, rerun=[{rerun!r}].")
@@ -113,12 +121,13 @@ class Workflow(Generic[P, T]):
             raise UsageError(f"run_id={run_id!r} has to be text of 1 to 200 characters.")
         if fresh and names:
             raise UsageError("fresh=True begins a new run, which has nothing to rerun. Use one of them.")
-        return self._copy(opening.RunOptions(run_id, fresh, names, wait, busy))
+        limit = None if budget is None else budgets.amount(budget, "budget")
+        return self._copy(opening.RunOptions(run_id, fresh, names, wait, busy, limit))
 
     def _copy(self, options: opening.RunOptions) -> Workflow[P, T]:
         now = self._definition
         return type(self)(
-            self.fn, self.name, timeout=self.timeout, on_change=now.on_change, run_id=now.run_id,
+            self.fn, self.name, timeout=self.timeout, budget=now.budget, on_change=now.on_change, run_id=now.run_id,
             blocking=now.blocking, options=options,
         )  # fmt: skip
 
@@ -130,18 +139,23 @@ class Workflow(Generic[P, T]):
         Raises:
             Waiting: it can only go on when a person answers or a time comes; run it again then.
             RunBusy: another process owns the run.
+            BudgetExceeded: the next call could cost more than the budget still allows; it goes on with a higher one.
             UsageError: the arguments do not fit the function's annotations.
         """
         return await self._run(opening.arguments(self._definition, args, kwargs))  # type: ignore[no-any-return]
 
     async def start(self, *args: P.args, **kwargs: P.kwargs) -> Run:
-        """The ``Run``, once it has finished or waits. A failure is in its ``status`` and ``error``."""
+        """The ``Run``, once it has finished or waits. A failure is in its ``status`` and ``error``.
+
+        Raises:
+            BudgetExceeded: it is neither finished nor waiting; it goes on with a higher budget.
+        """
         arguments = opening.arguments(self._definition, args, kwargs)
         ids: list[str] = []
         try:
             await self._run(arguments, ids)
         except Exception as error:
-            if not ids or isinstance(error, JournalError):
+            if not ids or isinstance(error, JournalError | BudgetExceeded):
                 raise
         journal = open_journal()
         document = rundocs.find(journal, ids[0])
@@ -231,6 +245,7 @@ class Workflow(Generic[P, T]):
         if ids is not None:
             ids.append(opened.ex.run_id)
         ex = opened.ex
+        ex.around = _around()
         context_ = Context(ex, single(opened.arguments), False)
         outer = here.set(None)
         try:
@@ -242,6 +257,9 @@ class Workflow(Generic[P, T]):
             if isinstance(error, JournalError):
                 closing.give_up(opened)
                 raise
+            if (over := over_budget(error)) is not None:
+                closing.give_up(opened, over)
+                raise over from (None if over is error else error)
             if isinstance(error, Waiting):
                 raise closing.wait_for_child(opened, error) from None
             ex.closed = ex.suspended = False
@@ -281,6 +299,7 @@ class Workflow(Generic[P, T]):
                 time.sleep(delay)
                 delay = min(delay * 1.5, 1.0)
         ex = opened.ex
+        ex.around = _around()
         if ids is not None:
             ids.append(ex.run_id)
         context = Context(ex, single(opened.arguments), True)
@@ -298,6 +317,9 @@ class Workflow(Generic[P, T]):
             if isinstance(error, JournalError):
                 closing.give_up(opened)
                 raise
+            if (over := over_budget(error)) is not None:
+                closing.give_up(opened, over)
+                raise over from (None if over is error else error)
             if isinstance(error, Waiting):
                 raise closing.wait_for_child(opened, error) from None
             try:
@@ -320,12 +342,19 @@ class Workflow(Generic[P, T]):
                 raise
             closing.close_failed(opened, error)
             raise
-        except BaseException:
+        except BaseException:  # Ctrl-C, while other threads may be asking models
+            stop_paying(ex.paying)
             closing.give_up(opened)
             raise
         finally:
             here.reset(outer)
         return closing.close_completed(opened, *result)
+
+
+def _around() -> Execution | None:
+    """The run in whose body or step this code stands."""
+    place = here.get()
+    return None if place is None or place.ex.scratch else place.ex
 
 
 class _Decorator:
@@ -345,7 +374,7 @@ def workflow(
     *,
     execute: Callable[Concatenate[Context, P], Coroutine[Any, Any, T]],
     timeout: Duration | None = ...,
-    budget: str | Decimal | None = ...,
+    budget: Dollars | None = ...,
     on_change: str = ...,
     run_id: Callable[..., str] | None = ...,
 ) -> Workflow[P, T]: ...
@@ -354,7 +383,7 @@ def workflow(
     name: str | None = ...,
     *,
     timeout: Duration | None = ...,
-    budget: str | Decimal | None = ...,
+    budget: Dollars | None = ...,
     on_change: str = ...,
     run_id: Callable[..., str] | None = ...,
 ) -> _Decorator: ...
@@ -363,7 +392,7 @@ def workflow(
     *,
     execute: Any = None,
     timeout: Duration | None = None,
-    budget: str | Decimal | None = None,
+    budget: Dollars | None = None,
     on_change: str = "auto",
     run_id: Callable[..., str] | None = None,
 ) -> Any:
@@ -376,7 +405,9 @@ def workflow(
         name: names the workflow in ids and listings. None: the function's name.
         execute: the function, in the form that is not a decorator.
         timeout: not built yet; anything but None is refused.
-        budget: not built yet; anything but None is refused.
+        budget: dollars that the model calls of one run may cost in all its executions, such as "2.50". A call that
+            could go beyond it is not sent: BudgetExceeded is raised, and the run goes on with a higher budget
+            (``.options(budget="5.00").run(...)``). Runs started inside count too, replays not. None: no limit.
         on_change: what an edit of a step's code means for its steps: "auto", "rerun", "reuse" or "error".
         run_id: a function of the input that gives the run's id. None: the id comes from the input's content.
     """
@@ -395,7 +426,7 @@ def define(
     name: str | None = None,
     *,
     timeout: Duration | None = None,
-    budget: Any = None,
+    budget: Dollars | None = None,
     on_change: str = "auto",
     run_id: Callable[..., str] | None = None,
     blocking: bool = False,
@@ -406,14 +437,15 @@ def define(
         raise UsageError(f"workflow(execute={fn!r}): give an async function of (ctx, ...).")
     if on_change not in ON_CHANGE:
         raise UsageError(f"on_change={on_change!r} is none of {', '.join(map(repr, ON_CHANGE))}.")
-    for option, value in (("timeout", timeout), ("budget", budget)):
-        if value is not None:
-            raise UsageError(f"workflow({option}=...) is not supported yet.")
+    if timeout is not None:
+        raise UsageError("workflow(timeout=...) is not supported yet.")
+    limit = None if budget is None else budgets.amount(budget, "workflow(budget=...)")
     if run_id is not None and not callable(run_id):
         raise UsageError("workflow(run_id=...): a function of the input, such as lambda order: order.id.")
     made: Workflow[..., Any] = (kind or Workflow)(
-        fn, name or str(getattr(fn, "__name__", "workflow")), on_change=on_change, run_id=run_id, blocking=blocking
-    )
+        fn, name or str(getattr(fn, "__name__", "workflow")), budget=limit, on_change=on_change, run_id=run_id,
+        blocking=blocking,
+    )  # fmt: skip
     workflows[made.name] = made
     return made
 

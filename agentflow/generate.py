@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol, get_args, get_origin
@@ -45,6 +46,7 @@ class Call:
         max_turns: how many turns such a call may take; no part of what is asked.
         background: whether the provider is left with the call and asked for its reply later; no part of what is asked.
         batch: whether the reply is to come with a batch; no part of what is asked.
+        max_tokens: the limit of output tokens that the caller named; None for none.
     """
 
     request: dict[str, Any]
@@ -56,6 +58,7 @@ class Call:
     max_turns: int = 10
     background: bool = False
     batch: bool = False
+    max_tokens: int | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -74,6 +77,12 @@ class Recorder(Protocol):
 
     def replies(self) -> list[dict[str, Any]]:
         """Replies that were paid for this call already and may be used now, oldest first."""
+
+    def sending(self, body: dict[str, Any], max_tokens: int | None) -> AbstractAsyncContextManager[Any]:
+        """Stands around one POST and the saving of its reply; may wait, or refuse, before it is entered.
+
+        ``max_tokens`` is the limit of output tokens that the caller named, None for none.
+        """
 
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
         """Keeps a reply with the body that it answers; durable when it returns."""
@@ -162,6 +171,7 @@ def prepare(
         max_turns=max_turns,
         background=background,
         batch=batch,
+        max_tokens=max_tokens,
     )
 
 
@@ -193,7 +203,8 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
             raw = paid[turn]
         else:
             paid = paid[:turn]
-            raw = await _ask(call, provider, body, recorder, listener, added)
+            async with recorder.sending(body, call.max_tokens):
+                raw = await _ask(call, provider, body, recorder, listener, added)
         usage += Usage(**raw["usage"])
         known = known and raw["cost"] is not None
         cost += Decimal(raw["cost"] or 0)

@@ -20,8 +20,9 @@ workflows: dict[str, Any] = {}
 class Plan:
     """What a run would do now: one line a step, nothing spent.
 
-    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost); ``dollars`` (what the
-    changed steps had cost before; None when that is unknown).
+    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost, tokens); ``dollars`` (what the steps that
+    would run cost: model calls by their tokens, with an answer as long as the one before or an assumed one, other
+    steps what they had cost before; None when that is unknown).
     """
 
     def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
@@ -37,6 +38,8 @@ class Plan:
         lines = [f"{self.run_id} · plan"]
         for step in self.steps:
             lines.append(f"  {step.state:<8} {step.name}" + (f" · {step.reason}" if step.reason else ""))
+            if step.tokens is not None:
+                lines.append(f"             {step.tokens}, about {money(step.cost)}")
             lines += [f"             {line}" for line in step.diff.splitlines()]
         if any(step.state in ("changed", "unknown") for step in self.steps):
             lines.append(f"  estimated cost of the steps shown: {money(self.dollars)}; what follows them is not known")

@@ -136,6 +136,12 @@ def holder(journal: Journal, key: str) -> Owner | None:
     return _load(journal.get(key))
 
 
+def this_process() -> dict[str, Any]:
+    """This process as the owner of something that is no lease and does not run out; ``Owner(**...)`` reads it."""
+    names = ("pid", "start", "host", "boot", "owner")
+    return {"token": 0, **dict(zip(names, _myself(), strict=True)), "since": 0.0, "expires": float(2**53)}
+
+
 def is_me(owner: Owner) -> bool:
     """Whether this process is the owner."""
     return owner.owner == _myself()[4]

@@ -9,9 +9,11 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from agentflow import codec, human, rundocs, typecheck
+from agentflow.budgets import RunBudget
 from agentflow.capture import data_digest
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
@@ -25,7 +27,7 @@ from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log
+from agentflow.settings import log, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class RunOptions:
     rerun: tuple[str, ...] = ()
     wait: bool = False
     busy: str = "raise"
+    budget: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Definition:
 
     fn: Callable[..., Any]
     name: str
+    budget: Decimal | None
     on_change: str
     run_id: Callable[..., str] | None
     blocking: bool
@@ -123,6 +127,7 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
             "digest": input_digest(flow, given),
         }
         document |= {"input": text, "code": code_digest(flow), "status": None}
+        note_budget(flow, document)
         ops = rundocs.write(document, "running")
         own = f"={in_key(named(flow, arguments))}" if flow.run_id or flow.options.run_id else document["digest"]
         ops.append(Put(f"p/{in_key(flow.name)}/{own}", run_id))
@@ -202,6 +207,9 @@ def take_up(
         if text != document["input"]:
             document["input"] = text
         document.pop("waiting_on", None)
+        if prior == "interrupted":
+            document.pop("error", None)
+        note_budget(flow, document)
         ops += rundocs.write(document, "running")
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
@@ -223,6 +231,7 @@ def execution(
     ex.ask = human.ask_in_doubt
     ex.stay = flow.options.wait
     if document is not None:
+        ex.budget = _budget(flow, document)
         ex.number = document["epoch"]
         ex.retry_upto = document.get("retry_upto", 0)
         ex.undoing = bool(document.get("undoing"))
@@ -231,6 +240,21 @@ def execution(
         ex.prior = prior
         ex.records.load()
     return ex
+
+
+def note_budget(flow: Definition, document: dict[str, Any]) -> None:
+    """A budget that was given for this run alone stays with it, whoever resumes it."""
+    if flow.options.budget is not None:
+        document["budget"] = str(flow.options.budget)
+
+
+def _budget(flow: Definition, document: dict[str, Any]) -> RunBudget | None:
+    own = document.get("budget")
+    limit = flow.budget if own is None else Decimal(own)
+    if limit is None:
+        return None
+    # A clock that was injected says nothing about when the run was created.
+    return RunBudget(document["id"], limit, document["created_at"] - 60 if settings.clock is None else None)
 
 
 def code_digest(flow: Definition) -> str:

@@ -18,13 +18,15 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec
+from agentflow import codec, costs, sending
+from agentflow.budgets import RunBudget
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import LeaseLost, StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
 from agentflow.settings import log, settings
+from agentflow.tokens import Count
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
 PROCESS_START = time.time()
@@ -48,13 +50,20 @@ class Attempts:
 
 @dataclass(slots=True)
 class PlanStep:
-    """One line of a plan: ``state`` is reused, changed or unknown (not recorded yet); ``cost`` in dollars, or None."""
+    """One line of a plan.
+
+    Attributes:
+        state: reused, changed or unknown (not recorded yet).
+        cost: estimated dollars; None if that is not known.
+        tokens: of a model call's question, and whether they are exact, assumed or estimated; None for other steps.
+    """
 
     name: str
     state: str
     reason: str = ""
     diff: str = ""
     cost: Decimal | None = None
+    tokens: Count | None = None
 
 
 @dataclass(slots=True)
@@ -88,14 +97,18 @@ class Execution:
     retry_upto: int = 0
     undoing: bool = False
     prior: str | None = None
+    budget: RunBudget | None = None
+    around: Execution | None = None
     same_code: bool = False
     input_text: str = ""
     stay: bool = False
     suspended: bool = False
     closed: bool = False
+    stopping: bool = False
     ask: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
+    saved_by: dict[tuple[str, str], Decimal] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     plan_steps: list[PlanStep] = field(default_factory=list)
     compensations: list[tuple[Call, Slot | None, Any]] = field(default_factory=list)
@@ -108,6 +121,7 @@ class Execution:
     tasks: dict[Any, str] = field(default_factory=dict)
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
+    paying: dict[Any, Call] = field(default_factory=dict)
     threads: int = 0
     going: int = 1
     turn: threading.Condition = field(default_factory=threading.Condition)
@@ -149,6 +163,18 @@ class Execution:
         self.root = Here(self, "", "0", "", "", None, None)
         if self.scratch:
             self.session = PROCESS_START
+
+    def within(self) -> list[Execution]:
+        """The runs in whose bodies or steps this one was started, the nearest first."""
+        found, at = [], self.around
+        while at is not None:
+            found.append(at)
+            at = at.around
+        return found
+
+    def budgets(self) -> list[RunBudget]:
+        """The budgets that a call of this run has to fit into."""
+        return [ex.budget for ex in (self, *self.within()) if ex.budget is not None]
 
     # -- where a call stands ---------------------------------------------------------------
 
@@ -434,9 +460,11 @@ class Execution:
             self.totals.replayed += 1
         cost = head.get("cost")
         outer = call.here.outer
+        split: dict[str, Decimal] = {}
         if cost is not None:
-            amount = Decimal(cost)
-            self.totals.saved += amount
+            split = {model: Decimal(part) for model, part in head.get("by_model", {}).items()}
+            split = split or {costs.model_of(call.request): Decimal(cost)}
+            self.saved(call.name if outer is None else costs.outermost(outer), split)
         if call.options.compensate is not None or head.get("undoes"):
             self._undoes(outer)
         if head.get("ai"):
@@ -444,8 +472,7 @@ class Execution:
             while outer is not None:
                 outer.used_model = True
                 outer.lent += lent
-                if cost is not None:
-                    outer.cost = (outer.cost or 0) + amount
+                outer.spent(split)
                 outer = outer.parent
         if self.plan:
             self.plan_steps.append(PlanStep(call.name, "reused"))
@@ -499,20 +526,32 @@ class Execution:
         slot.n += 1
         self.records.claim(slot)
 
-    def paid(self, current: Current, cost: Decimal | None) -> None:
-        """Count one paid reply for the step and all that enclose it."""
+    def paid(self, current: Current, cost: Decimal | None, entry: costs.Entry) -> None:
+        """Count one paid reply, with its row in the ledger, for the step and all that enclose it."""
         if cost is None:
             self.totals.unpriced += 1
         else:
             self.totals.paid += cost
+        current.stands_on(entry)
         step: Current | None = current
         while step is not None:
             step.used_model = True
             if cost is None:
                 step.unknown += 1
             else:
-                step.cost = (step.cost or 0) + cost
+                step.spent({entry[1]["model"]: cost})
             step = step.parent
+
+    def saved(self, step: str, split: dict[str, Decimal]) -> None:
+        """Count what was not paid again for a step of the body, by model."""
+        for model, amount in split.items():
+            self.totals.saved += amount
+            self.saved_by[step, model] = self.saved_by.get((step, model), Decimal(0)) + amount
+
+    def saved_row(self) -> list[Op]:
+        """The ledger's row of what was saved since the last one."""
+        what, self.saved_by = self.saved_by, {}
+        return costs.saved(self.run_id, self.workflow, self.clock(), what)
 
     # -- attempts --------------------------------------------------------------------------
 
@@ -718,14 +757,22 @@ class Execution:
         old = call.slot if call.slot is not None and call.slot.n >= 0 else None
         if old is None:
             old = next((slot for slot in self.unclaimed(call) if slot.n >= 0), None)
+        asks = call.request is not None and "body" in call.request
         if old is None:
-            self.plan_steps.append(PlanStep(call.name, "unknown", "not recorded yet"))
+            planned = PlanStep(call.name, "unknown", "not recorded yet")
+            if asks:
+                planned.cost, planned.tokens = sending.estimate(call.request, None)
+            self.plan_steps.append(planned)
             return
         row = self.records.row(old, old.n)
         shown = unified(differences(row.given, call.given)) if row.given and call.given else ""
-        reason = call.why or "given other data"
         cost = row.head.get("cost")
-        self.plan_steps.append(PlanStep(call.name, "changed", reason, shown, Decimal(cost) if cost else None))
+        planned = PlanStep(
+            call.name, "changed", call.why or "given other data", shown, Decimal(cost) if cost is not None else None
+        )
+        if asks and row.head["status"] == "completed":
+            planned.cost, planned.tokens = sending.estimate(call.request, codec.decode(row.output)["usage"])
+        self.plan_steps.append(planned)
 
     def forgotten(self, name: str) -> None:
         if not self.suspended and not self.closed:

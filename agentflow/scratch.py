@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+from typing import Any
+
 from agentflow.drive import drive
+from agentflow.errors import JournalError
 from agentflow.journal import Journal
 from agentflow.layout import default_path
 from agentflow.run import Execution
-from agentflow.settings import settings
+from agentflow.settings import log, settings
 
 _scopes: dict[str, Execution] = {}
+_at_exit: list[Any] = []
 
 
 def open_journal() -> Journal:
@@ -24,4 +29,16 @@ def scratch() -> Execution:
         scope = Execution(journal, "scratch", "scratch", drive, on_change="rerun", scratch=True)
         scope.number = int(scope.session)
         _scopes[journal.id] = scope
+        if not _at_exit:
+            _at_exit.append(atexit.register(_note_saved))
     return scope
+
+
+def _note_saved() -> None:
+    """A scratch scope has no end but that of its process: only then is known what it did not pay again."""
+    for scope in _scopes.values():
+        if not scope.journal.closed and (ops := scope.saved_row()):
+            try:
+                scope.journal.commit(ops)
+            except JournalError as error:
+                log.warning("what replays saved could not be noted in the ledger: %s", error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Settings:
     authorize: Callable[[Any, str | None], bool] | None = None
     quiet: bool = False
     clock: Callable[[], float] | None = None
+    budget: Any = None  # a budgets.Period
 
 
 settings = Settings()
@@ -50,6 +51,8 @@ def configure(
     notify: Callable[[Any], object] | None = _UNSET,
     authorize: Callable[[Any, str | None], bool] | None = _UNSET,
     redact: Any = _UNSET,
+    budget: str | None = _UNSET,
+    limits: Mapping[str, Any] | None = _UNSET,
     quiet: bool = _UNSET,
 ) -> None:
     """Set defaults for this process. What is not named stays as it is; None restores the default.
@@ -60,6 +63,12 @@ def configure(
         notify: called with each new ``HumanTask``.
         authorize: called with a task and the name given as ``by``; False refuses the answer.
         redact: patterns (or a function of text) masked in everything that leaves the journal, besides known keys.
+        budget: dollars that all model calls in the journal may cost within a period, scratch included: "5/day", or
+            per hour, week (from Monday) or month, by UTC. A call that could go beyond it is not sent: BudgetExceeded.
+        limits: what models allow in this process, ``{"openai:gpt-4o-mini": {"concurrency": 8, "rpm": 500, "tpm":
+            200_000}, "anthropic:*": {"concurrency": 4}}``: requests at once, requests and tokens within any sixty
+            seconds, for each model that is named so. Calls beyond wait, first come, first served, and a Retry-After
+            of the provider holds up all calls of such a model.
         quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.
 
     Raises:
@@ -83,6 +92,14 @@ def configure(
             if value is not None and not callable(value):
                 raise UsageError(f"configure({name}={value!r}): a function, or None.")
             setattr(settings, name, value)
+    if budget is not _UNSET:
+        from agentflow.budgets import period
+
+        settings.budget = None if budget is None else period(budget)
+    if limits is not _UNSET:
+        from agentflow.limits import parsed, set_limits
+
+        set_limits({} if limits is None else parsed(limits))
     if redact is not _UNSET:
         from agentflow.redact import set_extra
 

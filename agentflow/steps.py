@@ -16,7 +16,7 @@ from agentflow.capture import capture
 from agentflow.codedigest import code_of
 from agentflow.drive import branch_label, coroutine_label
 from agentflow.durations import Duration, seconds
-from agentflow.errors import StepTimeout, UsageError
+from agentflow.errors import BudgetExceeded, StepTimeout, UsageError
 from agentflow.index import short
 from agentflow.records import Retry, retry_of
 from agentflow.run import Execution
@@ -425,7 +425,7 @@ async def _fan_out(
                     error = asyncio.CancelledError() if task.cancelled() else task.exception()
                     if error is None:
                         results[index] = task.result()
-                    elif settle and isinstance(error, Exception):
+                    elif settle and isinstance(error, Exception) and not isinstance(error, BudgetExceeded):
                         results[index] = error
                     else:
                         raise error

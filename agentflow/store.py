@@ -56,6 +56,8 @@ class Fence:
 
 
 _GET = "SELECT mode, value FROM Cache WHERE key = ? AND raw = 1"
+_SCAN = """SELECT key, value FROM Cache WHERE raw = 1 AND key > ? AND key < ? AND mode = 1 AND typeof(value) = 'text'
+    ORDER BY key"""
 # A row that no journal wrote (another mode, another type) holds no record, so a record may replace it.
 _PUT = """INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VALUES (?, 1, ?, ?, 1, ?)
     ON CONFLICT (key, raw) DO UPDATE SET store_time = excluded.store_time, expire_time = NULL, size = 0, mode = 1,
@@ -77,6 +79,12 @@ class Txn:
         """The value of ``key``, None when there is none."""
         row = self._con.execute(_GET, (key,)).fetchone()
         return row[1] if row is not None and row[0] == 1 and type(row[1]) is str else None
+
+    def scan(self, prefix: str, after: str = "") -> list[tuple[str, str]]:
+        """The rows whose keys begin with ``prefix``, a text of ASCII, and come after ``after``. They should be few."""
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        rows: list[tuple[str, str]] = self._con.execute(_SCAN, (max(prefix, after), end)).fetchall()
+        return rows
 
     def add(self, key: str, value: str) -> bool:
         """Record unless the key is taken. True if it was recorded."""

@@ -27,7 +27,7 @@ from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
 from agentflow.drive import branch_label
 from agentflow.durations import Duration, seconds
-from agentflow.errors import StepTimeout, UsageError
+from agentflow.errors import BudgetExceeded, StepTimeout, UsageError
 from agentflow.handles import Run
 from agentflow.models import Reply
 from agentflow.prompts import Prompt, load_prompt
@@ -106,9 +106,11 @@ class Workflow(flow.Workflow[..., Any]):
         return self.plan_blocking(*args, **kwargs)
 
 
-def workflow(name: Any = None, *, execute: Any = None, on_change: str = "auto", run_id: Any = None) -> Any:
+def workflow(
+    name: Any = None, *, execute: Any = None, budget: Any = None, on_change: str = "auto", run_id: Any = None
+) -> Any:
     """``agentflow.workflow`` for plain ``def`` functions."""
-    options = {"on_change": on_change, "run_id": run_id, "blocking": True, "kind": Workflow}
+    options = {"budget": budget, "on_change": on_change, "run_id": run_id, "blocking": True, "kind": Workflow}
     if callable(name):
         return flow.define(name, None, **options)
     if execute is not None:
@@ -201,7 +203,7 @@ def _fan_out(
                 error = future.exception()
                 if error is None:
                     results[index] = future.result()
-                elif settle and isinstance(error, Exception):
+                elif settle and isinstance(error, Exception) and not isinstance(error, BudgetExceeded):
                     results[index] = error
                 elif first is None:
                     first = error

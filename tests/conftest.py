@@ -49,7 +49,7 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         if process.poll() is None:
             process.kill()
             process.communicate()
-    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, quiet=False)
+    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False)
     settings.clock = None
     ledger._PRICES.clear()
     ledger._PRICES.update(prices)

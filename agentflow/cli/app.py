@@ -12,7 +12,7 @@ import typer
 
 import agentflow
 from agentflow import errors, layout
-from agentflow.cli import demo, output, runs, tasks
+from agentflow.cli import cost, demo, output, runs, tasks
 from agentflow.redact import redact
 from agentflow.settings import configure, settings
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(runs.app, name="runs")
 app.add_typer(tasks.app, name="tasks")
+app.command("cost")(cost.cost)
 app.command("demo")(demo.demo)
 
 # The first that fits; whatever else agentflow raises on purpose is a plain failure.

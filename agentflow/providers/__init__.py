@@ -13,7 +13,7 @@ from agentflow.providers.common import transport, use_transport
 from agentflow.providers.registry import known, register
 
 __all__ = [
-    "BATCHING", "default_model", "get", "known", "register", "resolve", "set_default_model", "transport",
+    "BATCHING", "default_model", "get", "known", "prices", "register", "resolve", "set_default_model", "transport",
     "use_transport",
 ]  # fmt: skip
 
@@ -81,6 +81,14 @@ def resolve(model: str | None) -> tuple[str, str]:
         'write "provider:name", such as "openai:gpt-5-mini"; agentflow.providers.register adds others. '
         "Nothing was sent."
     )
+
+
+def prices(provider: str) -> str:
+    """The name under which the prices of a provider are published; ``""`` where none are."""
+    if provider in registry.BUILT_IN:
+        return provider.removesuffix("-chat")
+    found = registry.find(provider)
+    return "" if found is None else found.entry.prices or ""
 
 
 def get(provider: str) -> Any:

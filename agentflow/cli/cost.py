@@ -1,0 +1,79 @@
+"""``agentflow cost``: what model calls came to."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any
+
+import typer
+
+from agentflow import costs
+from agentflow.cli import output
+from agentflow.records import money
+from agentflow.scratch import open_journal
+
+
+def cost(
+    by: Annotated[str, typer.Option("--by", help="model, workflow, step, or day (UTC).")] = "model",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What model calls cost: paid, saved by replays, in doubt, and wasted on attempts that failed.
+
+    Wasted is a part of what was paid. In doubt are calls that were sent and brought no answer: the provider may have
+    charged for them, at most what is shown.
+    """
+    if by not in costs.BY:
+        raise typer.BadParameter(f"{by!r} is none of {', '.join(costs.BY)}.", param_hint="--by")
+    found = costs.summary(open_journal(), by) if output.has_journal() else []
+    if json:
+        return output.data([shape(line, by) for line in found])
+    if not found:
+        return output.words("Nothing was paid or saved yet.")
+    rows = [_row(line, by) for line in found]
+    if len(found) > 1:
+        rows.append(_row(costs.total(found), by))
+    first = ("workflow", "step") if by == "step" else (by,)
+    output.table((*first, ">calls", ">in", ">out", ">paid", ">saved", ">in doubt", ">wasted"), rows)
+
+
+def _row(line: costs.Line, by: str) -> tuple[Any, ...]:
+    return (
+        *((line.workflow or "", line.name) if by == "step" else (line.name,)),
+        line.calls,
+        f"{line.input_tokens:,}",
+        f"{line.output_tokens:,}",
+        _paid(line),
+        money(line.saved),
+        _in_doubt(line),
+        money(line.wasted),
+    )
+
+
+def _paid(line: costs.Line) -> str:
+    if line.paid is None:
+        return money(None if line.unknown else Decimal(0))
+    return money(line.paid) + (f" + {line.unknown} unknown" if line.unknown else "")
+
+
+def _in_doubt(line: costs.Line) -> str:
+    if not line.in_doubt:
+        return "-"
+    calls = f"{line.in_doubt} {'call' if line.in_doubt == 1 else 'calls'}"
+    return f"{calls}, unknown" if line.in_doubt_at_most is None else f"{calls}, up to {money(line.in_doubt_at_most)}"
+
+
+def shape(line: costs.Line, by: str) -> dict[str, Any]:
+    """One group in the JSON of ``cost``: dollars are numbers, null where no price is known."""
+    names = {"workflow": line.workflow, "step": line.name} if by == "step" else {by: line.name}
+    paid = Decimal(0) if line.paid is None and not line.unknown else line.paid
+    return names | {
+        "calls": line.calls,
+        "input_tokens": line.input_tokens,
+        "output_tokens": line.output_tokens,
+        "paid": output.dollars(paid),
+        "unknown": line.unknown,
+        "saved": output.dollars(line.saved),
+        "in_doubt": line.in_doubt,
+        "in_doubt_at_most": output.dollars(line.in_doubt_at_most),
+        "wasted": output.dollars(line.wasted),
+    }
