@@ -106,9 +106,12 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 place = here.get()
                 if ex.left_branches and place is not None and ex.is_left(place):
                     raise Suspend
+                if ex.overdue():
+                    raise Suspend
                 now = ex.clock()
                 waits = [each for each in ex.held_up.values() if each is not None]
-                near = any(each.due is not None and each.due - now <= 60 for each in waits)
+                dues = [ex.deadline, *(each.due for each in waits)]
+                near = any(due is not None and due - now <= 60 for due in dues)
                 stuck = ex.going <= 0 and not ex.suspended and not ex.stay and not near
                 # An answer may have come that its branch, in another thread, has not seen yet.
                 if stuck and not any(_ready(each) for each in waits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import orjson
 
 from agentflow import codec, human, rundocs
-from agentflow.calls import PLAIN, Call, Options
+from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.drive import Wait, collect
 from agentflow.errors import (
     JournalError,
@@ -36,10 +37,23 @@ def result(ex: Execution, value: Any) -> tuple[str, Any]:
         raise StepNotAwaited(
             f"step {name!r} was called and never awaited, so it did not run. Write: await step({name!r}, ...)"
         )
+    if ex.totals.ran and ex.overdue():
+        raise ex.too_late()
     return codec.roundtrip(value, where="result")
 
 
+def in_time(ex: Execution, body: Callable[[], Any]) -> Any:
+    """The plain body's value. Plain code cannot be stopped: when its time is over, it ends at its next step."""
+    try:
+        return body()
+    except (Suspend, Exception):
+        if ex.timed_out:
+            raise ex.too_late() from None
+        raise
+
+
 def before_undoing(opened: Opened) -> None:
+    opened.ex.deadline, opened.ex.timed_out = None, False  # what is to be undone takes the time it takes
     if opened.ex.compensations:
         opened.document["undoing"] = True
         opened.ex.journal.commit(
@@ -139,7 +153,8 @@ def close_waiting(opened: Opened) -> Waiting:
     waits = ex.waits
     unique = {wait.info["id"]: wait.info for wait in waits}
     document["waiting_on"] = list(unique.values())
-    document["due"] = min((wait.due for wait in waits if wait.due is not None), default=None)
+    dues = [ex.deadline, *(wait.due for wait in waits)]
+    document["due"] = min((due for due in dues if due is not None), default=None)
     close(opened, "waiting")
     summary(ex, "waiting")
     return waiting(document)

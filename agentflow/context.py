@@ -14,9 +14,10 @@ from agentflow import codec
 from agentflow.blocking import drive_blocking
 from agentflow.calls import PLAIN, Call, here
 from agentflow.drive import PENDING, Wait
-from agentflow.durations import Duration, seconds
+from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
 from agentflow.index import Row, Slot
+from agentflow.journal import Add
 from agentflow.records import StepRecord, moment
 from agentflow.run import Execution
 from agentflow.settings import log
@@ -122,18 +123,19 @@ class Context:
         return self._value("random", name, random_.random)  # type: ignore[no-any-return]
 
     def sleep(self, duration: Duration) -> Any:
-        """Wait; the end is recorded, so that a restart does not begin anew. ``await`` it.
+        """Wait; the end is recorded, so that neither a restart nor an edit elsewhere begins anew. ``await`` it.
 
-        Over 60 s, when nothing else in the run can go on, the run is suspended and goes on when it is
-        run again after that time.
+        With more than 60 s to go, and when nothing else in the run can go on, the run is suspended: ``run()`` raises
+        ``Waiting``, and it goes on when it is run again after that time. Shorter sleeps are waited for on the spot.
+        Another duration is another sleep, which begins when it is asked for.
         """
         length = seconds(duration, what="ctx.sleep")
         if length is None:
             raise UsageError('ctx.sleep(None): give seconds or a duration such as "30d".')
         ex = self._ex
-        call = Call(ex, f"sleep {duration}", None, (), {}, PLAIN, "sleep")
+        call = Call(ex, f"sleep {exact(length)}", None, (), {}, PLAIN, "sleep")
         call.started = True
-        call.given = call.digest = f"sleep{length:g}"
+        call.given = call.digest = f"sleep{length!r}"
         ex.locate(call, _given(call.digest))
         call.wait = lambda: self._sleeping(call, length)
         call.started = False
@@ -141,12 +143,10 @@ class Context:
 
     def _sleeping(self, call: Call, length: float) -> Wait:
         ex = self._ex
-        key = f"z/{ex.key}/{call.occ}"
+        key = f"z/{ex.key}/{call.occ}" + (f".{version}" if (version := ex.own_slot(call).n + 1) else "")
         stored = ex.journal.get(key)
         due = float(stored) if stored is not None else ex.clock() + length
         if stored is None:
-            from agentflow.journal import Add
-
             ex.journal.commit([Add(key, repr(due))], fence=ex.fence)
         return Wait(
             lambda: None if ex.clock() >= due else PENDING, {"kind": "sleep", "id": call.occ, "until": due}, due

@@ -311,7 +311,10 @@ async def _watch(ex: Execution) -> None:
         if not ex.parked:
             return
         now = ex.clock()
-        soon = any(wait is not None and wait.due is not None and wait.due - now <= 60 for wait, _ in ex.parked.values())
+        due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
+        if ex.deadline is not None:
+            due.append(ex.deadline - now)
+        soon = any(left <= 60 for left in due)
         if not ex.stay and not soon and await _still_idle(ex):
             ex.suspended = True
             ex.waits = [wait for wait, _ in ex.parked.values() if wait is not None]
@@ -319,7 +322,6 @@ async def _watch(ex: Execution) -> None:
                 if not future.done():
                     future.set_exception(Suspend())
             return
-        due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
 
 
@@ -386,6 +388,9 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
     ex.tasks.pop(body, None)
     ex.root.task = body
     stopped = False
+    alarm = None
+    if ex.deadline is not None:
+        alarm = contextvars.Context().run(asyncio.ensure_future, _stop_at_deadline(ex, body))
     try:
         try:
             await asyncio.wait({body})
@@ -394,13 +399,25 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
             body.cancel()
             await asyncio.wait({body}, timeout=30)
             raise
-        if ex.suspended:
+        if ex.suspended or ex.timed_out:
             body.cancelled() or body.exception()
+            if ex.timed_out:
+                raise ex.too_late()
             raise Suspend
         return body.result()
     finally:
+        if alarm is not None:
+            alarm.cancel()
         await _clean_up(ex, stopped)
         _unwatch_tasks(loop)
+
+
+async def _stop_at_deadline(ex: Execution, body: asyncio.Task[Any]) -> None:
+    """The clock is looked at now and then: it is the wall's, which may be set, or a test's."""
+    assert ex.deadline is not None
+    while not ex.overdue():  # noqa: ASYNC110
+        await asyncio.sleep(min(max(ex.deadline - ex.clock(), 0.001), 0.25))
+    body.cancel()
 
 
 async def _body(main: Callable[[], Awaitable[Any]]) -> Any:

@@ -18,6 +18,7 @@
     ├── Waiting                 the run can only go on when a person, an event or a time comes
     ├── RunCancelled
     ├── BudgetExceeded
+    ├── WorkflowTimeout         the run's own deadline has passed (also a TimeoutError)
     ├── StepError
     │   ├── StepFailed          mixed into every exception that a step failed with
     │   ├── StepTimeout         one attempt took too long (also a TimeoutError)
@@ -135,6 +136,16 @@ class RunCancelled(AgentflowError):
 
 class BudgetExceeded(AgentflowError):
     """The next call could cost more than the budget still allows. The run stays resumable."""
+
+
+class WorkflowTimeout(AgentflowError, TimeoutError):
+    """The run did not finish within its workflow's ``timeout``.
+
+    Attributes: ``run_id``; ``deadline`` (aware UTC), as recorded when the run began.
+    """
+
+    run_id: str = ""
+    deadline: datetime | None = None
 
 
 class StepError(AgentflowError):

@@ -67,6 +67,7 @@ class Workflow(Generic[P, T]):
             blocking=blocking or not inspect.iscoroutinefunction(fn),
             signature=inspect.Signature(parameters[1:]),
             options=options or opening.RunOptions(),
+            timeout=self.timeout,
         )
         self.__name__ = getattr(fn, "__name__", name)
         self.__doc__ = fn.__doc__
@@ -280,7 +281,7 @@ class Workflow(Generic[P, T]):
         context = Context(ex, single(opened.arguments), True)
         outer = here.set(ex.root)
         try:
-            result = closing.result(ex, self._body(context, opened.arguments))
+            result = closing.result(ex, closing.in_time(ex, lambda: self._body(context, opened.arguments)))
             if ex.suspended:
                 raise Suspend
         except Suspend:
@@ -369,7 +370,10 @@ def workflow(
     Args:
         name: names the workflow in ids and listings. None: the function's name.
         execute: the function, in the form that is not a decorator.
-        timeout: not built yet; anything but None is refused.
+        timeout: seconds or a duration from the start of the run to its deadline, which is recorded: restarts and edits
+            do not move it, and time spent waiting counts. When it passes, what is in flight is stopped (a paid model
+            call is finished and recorded), nothing new starts, and the run fails with ``WorkflowTimeout``. A run that
+            has ended and is run again gets a new one. None: no limit.
         budget: not built yet; anything but None is refused.
         on_change: what an edit of a step's code means for its steps: "auto", "rerun", "reuse" or "error".
         run_id: a function of the input that gives the run's id. None: the id comes from the input's content.
@@ -400,13 +404,20 @@ def define(
         raise UsageError(f"workflow(execute={fn!r}): give an async function of (ctx, ...).")
     if on_change not in ON_CHANGE:
         raise UsageError(f"on_change={on_change!r} is none of {', '.join(map(repr, ON_CHANGE))}.")
-    for option, value in (("timeout", timeout), ("budget", budget)):
-        if value is not None:
-            raise UsageError(f"workflow({option}=...) is not supported yet.")
+    if budget is not None:
+        raise UsageError("workflow(budget=...) is not supported yet.")
+    limit = seconds(timeout, what="workflow timeout")
+    if limit == 0:
+        raise UsageError("workflow(timeout=0) leaves no time at all. None waits without end.")
     if run_id is not None and not callable(run_id):
         raise UsageError("workflow(run_id=...): a function of the input, such as lambda order: order.id.")
     made: Workflow[..., Any] = (kind or Workflow)(
-        fn, name or str(getattr(fn, "__name__", "workflow")), on_change=on_change, run_id=run_id, blocking=blocking
+        fn,
+        name or str(getattr(fn, "__name__", "workflow")),
+        timeout=limit,
+        on_change=on_change,
+        run_id=run_id,
+        blocking=blocking,
     )
     workflows[made.name] = made
     return made

@@ -25,7 +25,7 @@ from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log
+from agentflow.settings import log, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Definition:
     blocking: bool
     signature: inspect.Signature
     options: RunOptions
+    timeout: float | None = None
 
 
 class Opened:
@@ -123,6 +124,7 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
             "digest": input_digest(flow, given),
         }
         document |= {"input": text, "code": code_digest(flow), "status": None}
+        set_deadline(flow, document, None)
         ops = rundocs.write(document, "running")
         own = f"={in_key(named(flow, arguments))}" if flow.run_id or flow.options.run_id else document["digest"]
         ops.append(Put(f"p/{in_key(flow.name)}/{own}", run_id))
@@ -202,13 +204,24 @@ def take_up(
         if text != document["input"]:
             document["input"] = text
         document.pop("waiting_on", None)
+        set_deadline(flow, document, prior)
         ops += rundocs.write(document, "running")
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
     ex.fence, ex.lease = lease.fence, lease
+    ex.deadline = document.get("deadline")
     if prior is not None:
         ex.load_marks()
     return Opened(flow, ex, document, lease, arguments)
+
+
+def set_deadline(flow: Definition, document: dict[str, Any], prior: str | None) -> None:
+    """The recorded deadline holds until the run has ended; one that is run again after that gets a new one."""
+    if flow.timeout is None:
+        document.pop("deadline", None)
+    elif document.get("deadline") is None or (prior in ("completed", "failed") and not document.get("undoing")):
+        now = settings.clock() if settings.clock else time.time()
+        document["deadline"] = now + flow.timeout
 
 
 def execution(

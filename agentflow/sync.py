@@ -83,9 +83,16 @@ class Workflow(flow.Workflow[..., Any]):
         return self.plan_blocking(*args, **kwargs)
 
 
-def workflow(name: Any = None, *, execute: Any = None, on_change: str = "auto", run_id: Any = None) -> Any:
-    """``agentflow.workflow`` for plain ``def`` functions."""
-    options = {"on_change": on_change, "run_id": run_id, "blocking": True, "kind": Workflow}
+def workflow(
+    name: Any = None,
+    *,
+    execute: Any = None,
+    timeout: Duration | None = None,
+    on_change: str = "auto",
+    run_id: Any = None,
+) -> Any:
+    """``agentflow.workflow`` for plain ``def`` functions. After its ``timeout`` the function ends at its next step."""
+    options = {"timeout": timeout, "on_change": on_change, "run_id": run_id, "blocking": True, "kind": Workflow}
     if callable(name):
         return flow.define(name, None, **options)
     if execute is not None:
