@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from agentflow.codec import register_type
     from agentflow.context import Context
     from agentflow.embeddings import embed
+    from agentflow.events import send_event
     from agentflow.flow import Workflow, workflow
     from agentflow.handles import Plan, Run
     from agentflow.humantask import human_task
@@ -58,6 +59,7 @@ _HOME = {
     "load_prompt": "prompts",
     "parallel": "steps",
     "register_type": "codec",
+    "send_event": "events",
     "step": "steps",
     "workflow": "flow",
 }
@@ -87,6 +89,7 @@ __all__ = [
     "parallel",
     "register_type",
     "runs",
+    "send_event",
     "step",
     "tasks",
     "workflow",

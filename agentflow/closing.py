@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec, human, rundocs
+from agentflow import codec, events, human, rundocs
 from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.drive import Wait, collect
 from agentflow.errors import (
@@ -168,7 +168,9 @@ def close(opened: Opened, status: str) -> None:
     else:
         document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
-    ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
+    ops = human.withdraw(ex, status) if ex.prior is not None or ex.asked_tasks else []
+    if status == "completed" and (ex.prior is not None or ex.asked_tasks):
+        ops += events.give_back(ex)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status)
     assert opened.lease is not None
     opened.lease.release(ops)

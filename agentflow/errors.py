@@ -19,6 +19,7 @@
     ├── RunCancelled
     ├── BudgetExceeded
     ├── WorkflowTimeout         the run's own deadline has passed (also a TimeoutError)
+    ├── EventTimeout            no event came before the deadline of its wait (also a TimeoutError)
     ├── StepError
     │   ├── StepFailed          mixed into every exception that a step failed with
     │   ├── StepTimeout         one attempt took too long (also a TimeoutError)
@@ -144,6 +145,17 @@ class WorkflowTimeout(AgentflowError, TimeoutError):
     Attributes: ``run_id``; ``deadline`` (aware UTC), as recorded when the run began.
     """
 
+    run_id: str = ""
+    deadline: datetime | None = None
+
+
+class EventTimeout(AgentflowError, TimeoutError):
+    """No event came before the recorded deadline of ``ctx.wait_for_event``.
+
+    Attributes: ``event`` (the names waited for); ``run_id``; ``deadline`` (aware UTC).
+    """
+
+    event: str = ""
     run_id: str = ""
     deadline: datetime | None = None
 

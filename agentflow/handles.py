@@ -160,6 +160,9 @@ def waiting(document: dict[str, Any]) -> Waiting:
             )
             answer = wait.get("command") or f"agentflow tasks approve {wait['id']}"
             lines.append(f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): {answer}")
+        elif "command" in wait:
+            end = f" until {moment(wait['deadline']):%Y-%m-%d %H:%M:%S} UTC" if wait.get("deadline") else ""
+            lines.append(f"{wait['kind']} {wait['name']!r}{end}: {wait['command']}")
         else:
             lines.append(f"{wait['kind']} until {moment(wait['until'])}" if "until" in wait else wait["kind"])
     return Waiting(f"run {run_id} waits for {'; '.join(lines)}. Run it again afterwards.", run_id, waits)

@@ -278,12 +278,12 @@ def expire(ex: Execution, ident: str) -> dict[str, Any]:
     return ex.journal.guarded(close)
 
 
-def withdraw(ex: Execution) -> list[Any]:
-    """Operations that withdraw the run's open tasks which its code does not ask for any more."""
+def withdraw(ex: Execution, status: str) -> list[Any]:
+    """Operations that withdraw the run's open tasks which its code does not ask for any more; all, once it is over."""
     ops: list[Any] = []
     for key, _ in ex.journal.scan(f"ht/{ex.key}/"):
         ident = key.rpartition("/")[2]
-        if ident in ex.asked_tasks:
+        if ident in ex.asked_tasks and status not in ("completed", "cancelled"):
             continue
         document = read(ex, ident)
         if document is not None and document["status"] == "open":

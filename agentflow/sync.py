@@ -28,6 +28,7 @@ from agentflow.context import Context
 from agentflow.drive import branch_label
 from agentflow.durations import Duration, seconds
 from agentflow.errors import StepTimeout, UsageError
+from agentflow.events import send_event
 from agentflow.handles import Run
 from agentflow.models import Reply
 from agentflow.prompts import Prompt, load_prompt
@@ -205,5 +206,5 @@ parallel = _Parallel()
 __all__ = [
     "Context", "Decision", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
     "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
-    "step", "tasks", "workflow",
+    "send_event", "step", "tasks", "workflow",
 ]  # fmt: skip

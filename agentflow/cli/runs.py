@@ -88,7 +88,9 @@ def waits(wait: dict[str, Any]) -> str:
     if wait["kind"] == "task":
         answer = wait.get("command") or f"agentflow tasks approve {wait['id']}"
         return f"{wait['title'] or wait['type']}: {answer}"
-    return str(wait["kind"])
+    if "command" in wait:
+        return f"{wait['kind']} {wait['name']}: {wait['command']}"
+    return f"{wait['kind']} until {output.when(moment(wait['until']))}" if "until" in wait else str(wait["kind"])
 
 
 def _with_moments(wait: dict[str, Any]) -> dict[str, Any]:
