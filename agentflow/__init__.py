@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from agentflow.humantask import human_task
     from agentflow.models import Reply
     from agentflow.prompts import Prompt, load_prompt
-    from agentflow.records import Decision, HumanTask, Retry, StepRecord
+    from agentflow.records import Decision, Escalate, HumanTask, Retry, StepRecord
     from agentflow.settings import configure
     from agentflow.steps import parallel, step
 
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Context": "context",
     "Decision": "records",
+    "Escalate": "records",
     "HumanTask": "records",
     "Plan": "handles",
     "Prompt": "prompts",
@@ -69,6 +70,7 @@ _ALIASES = {"generateContent": "generate_content", "humanTask": "human_task"}
 __all__ = [
     "Context",
     "Decision",
+    "Escalate",
     "HumanTask",
     "Plan",
     "Prompt",

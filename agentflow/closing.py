@@ -153,7 +153,7 @@ def close_waiting(opened: Opened) -> Waiting:
     waits = ex.waits
     unique = {wait.info["id"]: wait.info for wait in waits}
     document["waiting_on"] = list(unique.values())
-    dues = [ex.deadline, *(wait.due for wait in waits)]
+    dues = [ex.deadline, *(wait.due for wait in waits), *(wait.info.get("remind_at") for wait in waits)]
     document["due"] = min((due for due in dues if due is not None), default=None)
     close(opened, "waiting")
     summary(ex, "waiting")

@@ -16,10 +16,10 @@ from agentflow.calls import PLAIN, Call, here
 from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
-from agentflow.events import UNSET, wait_call
+from agentflow.events import wait_call
 from agentflow.index import Row, Slot
 from agentflow.journal import Add
-from agentflow.records import StepRecord, moment
+from agentflow.records import UNSET, StepRecord, moment
 from agentflow.run import Execution
 from agentflow.settings import log
 from agentflow.values import in_ident, once

@@ -25,13 +25,12 @@ from agentflow.durations import Duration, seconds
 from agentflow.errors import EventTimeout, UsageError
 from agentflow.index import in_key, short
 from agentflow.journal import Drop, Journal, Op, Put, Txn
-from agentflow.records import moment
+from agentflow.records import UNSET, moment
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
 from agentflow.settings import log, settings
 from agentflow.values import once
 
-UNSET: Any = object()
 _COUNT = "en/events"
 _ANY = "*"
 

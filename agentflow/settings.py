@@ -57,7 +57,7 @@ def configure(
     Args:
         path: the journal's directory. Default: ``AGENTFLOW_PATH``, else ``.agentflow`` at the project root.
         model: the model of calls that name none, such as ``"openai:gpt-4o-mini"``. Default: ``AGENTFLOW_MODEL``.
-        notify: called with each new ``HumanTask``.
+        notify: called with a ``HumanTask`` that is new, or of which people are reminded; its ``event`` says which.
         authorize: called with a task and the name given as ``by``; False refuses the answer.
         redact: patterns (or a function of text) masked in everything that leaves the journal, besides known keys.
         quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.

@@ -32,7 +32,7 @@ from agentflow.events import send_event
 from agentflow.handles import Run
 from agentflow.models import Reply
 from agentflow.prompts import Prompt, load_prompt
-from agentflow.records import Decision, Retry
+from agentflow.records import UNSET, Decision, Escalate, Retry
 from agentflow.settings import configure
 from agentflow.workers import threads
 
@@ -59,10 +59,11 @@ def human_task(
     title: str | None = None,
     schema: Any = None,
     timeout: Duration | None = None,
-    on_timeout: Any = human.UNSET,
+    on_timeout: Any = UNSET,
+    remind: Duration | None = None,
 ) -> Any:
     """``agentflow.human_task`` for plain code."""
-    return drive_blocking(human.human_call(type, assign_to, data, title, schema, timeout, on_timeout))
+    return drive_blocking(human.human_call(type, assign_to, data, title, schema, timeout, on_timeout, remind))
 
 
 humanTask = human_task
@@ -204,7 +205,7 @@ def _fan_out(
 parallel = _Parallel()
 
 __all__ = [
-    "Context", "Decision", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
+    "Context", "Decision", "Escalate", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
     "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
     "send_event", "step", "tasks", "workflow",
 ]  # fmt: skip

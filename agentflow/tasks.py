@@ -8,11 +8,11 @@ from typing import Any
 
 import orjson
 
-from agentflow import human
+from agentflow import human, taskdocs
 from agentflow.durations import words
 from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
-from agentflow.records import HumanTask, moment
+from agentflow.records import UNSET, HumanTask, moment
 from agentflow.scratch import open_journal
 from agentflow.settings import settings
 
@@ -20,18 +20,23 @@ STATUSES = ("open", "approved", "rejected", "answered", "expired", "withdrawn")
 
 
 def list(
-    *, status: str | None = "open", run_id: str | None = None, limit: int | None = None
+    *,
+    status: str | None = "open",
+    run_id: str | None = None,
+    assign_to: str | None = None,
+    limit: int | None = None,
 ) -> builtins.list[HumanTask]:
     """Tasks, oldest first.
 
     Args:
         status: open, approved, rejected, answered, expired or withdrawn; None: all.
         run_id: only those of one run.
+        assign_to: only those that are for this person now. None: for whomever.
         limit: at most so many. None: all.
     """
     if status is not None and status not in STATUSES:
         raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
-    journal = open_journal()
+    journal, now = open_journal(), _now()
     found = []
     if status == "open":
         documents = (journal.get(f"h/{ident}") for _, ident in journal.scan("xt/open/"))
@@ -43,6 +48,10 @@ def list(
             continue
         if run_id is not None and document["run_id"] != run_id:
             continue
+        document = taskdocs.escalated(document, now)
+        names = document["assign_to"]
+        if assign_to is not None and assign_to not in ([names] if isinstance(names, str) else names or ()):
+            continue
         found.append(human.task_of(document))
     found.sort(key=lambda task: (task.created_at, task.id))
     return found[:limit]
@@ -50,7 +59,7 @@ def list(
 
 def get(task_id: str) -> HumanTask:
     """One task, by its id or by an unambiguous beginning of it."""
-    return human.task_of(_find(open_journal(), task_id))
+    return human.task_of(taskdocs.escalated(_find(open_journal(), task_id), _now()))
 
 
 def approve(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
@@ -65,20 +74,26 @@ def approve(task_id: str, *, by: str | None = None, comment: str | None = None) 
         TaskClosed: decided, expired or withdrawn already; the message says by whom.
         TaskNotFound: no such task.
     """
-    return _decide(task_id, True, by, comment, human.UNSET)
+    return _decide(task_id, True, by, comment, UNSET)
 
 
 def reject(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
     """Reject what the task shows; as ``approve``."""
-    return _decide(task_id, False, by, comment, human.UNSET)
+    return _decide(task_id, False, by, comment, UNSET)
 
 
 def answer(task_id: str, data: Any, by: str | None = None, comment: str | None = None) -> HumanTask:
     """Answer with data, which is checked here; as ``approve``.
 
-    The schema's type checks it where this process has asked the question, elsewhere its JSON schema does.
+    The schema's type checks it where this process has asked the question, elsewhere its JSON schema does. Where the
+    data shown is itself such a form, filled in, the fields given here replace those shown, and ``approve`` takes it as
+    it is.
     """
     return _decide(task_id, True, by, comment, data)
+
+
+def _now() -> float:
+    return settings.clock() if settings.clock else time.time()
 
 
 def _find(journal: Journal, task_id: str) -> dict[str, Any]:
@@ -101,19 +116,19 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
         if value is not None and not isinstance(value, str):
             raise UsageError(f"{name}={value!r} is not text.")
     journal = open_journal()
-    found = _find(journal, task_id)
+    now = _now()
+    found = taskdocs.escalated(_find(journal, task_id), now)
     if settings.authorize is not None and not settings.authorize(human.task_of(found), by):
         raise _closed(found, f"{by or 'nobody named'} may not decide task {found['id']}.")
-    now = settings.clock() if settings.clock else time.time()
-
     _refuse_closed(found, now)
     # Before the transaction, which everybody's commits wait for: the schema's own validators run here.
     answered = human.answered(journal, found, approved, by, now, comment, data)
 
     def decide(txn: Any) -> dict[str, Any]:
-        document = orjson.loads(txn.get(f"h/{found['id']}"))
+        document = taskdocs.escalated(orjson.loads(txn.get(f"h/{found['id']}")), now)
         _refuse_closed(document, now)
-        decided: dict[str, Any] = document | answered
+        more = {"by": by, "comment": comment, "digest": document["digest"]}
+        decided: dict[str, Any] = taskdocs.noted(document | answered, answered["status"], now, **more)
         txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
         txn.drop(human.open_key(document))
         return decided

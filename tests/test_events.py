@@ -105,7 +105,7 @@ async def test_wait_true_hears_of_the_event(journal: Journal) -> None:
     flow = waiting_for()
     running = asyncio.create_task(flow.options(wait=True).run())
     async with asyncio.timeout(20):
-        while not list(journal.scan("w/")):
+        while not list(journal.scan("w/")):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         assert flow.runs()[0].status == "running"
         send_event("paid", "now")

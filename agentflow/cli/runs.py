@@ -95,7 +95,7 @@ def waits(wait: dict[str, Any]) -> str:
 
 def _with_moments(wait: dict[str, Any]) -> dict[str, Any]:
     """Times as in all other JSON here, not as seconds since 1970."""
-    return wait | {name: moment(wait[name]) for name in ("deadline", "until") if name in wait}
+    return wait | {name: moment(wait[name]) for name in ("deadline", "until", "remind_at") if name in wait}
 
 
 def summary(run: Run) -> dict[str, Any]:
