@@ -252,22 +252,25 @@ def branch_label(name: str, given: Any) -> str:
 
 async def park(ex: Execution, wait: Wait | None) -> Any:
     """Wait for a person, an event or a time; leaves by ``Suspend`` when nothing else can go on."""
+    place = here.get()
+    waiting = enclosing(place.outer.call) if place is not None and place.outer is not None else []
     if wait is not None:
         result = wait.check()
         if result is not PENDING:
+            if ops := ex.goes_on(waiting):
+                await ex.journal.acommit(ops, fence=ex.fence)
             return result
     future = asyncio.get_running_loop().create_future()
     ex.parked[future] = (wait, asyncio.current_task())
     if ex.watcher is None or ex.watcher.done():
         ex.watcher = contextvars.Context().run(asyncio.ensure_future, _watch(ex))
     clocks = _stop_clocks()
-    place = here.get()
-    waiting = enclosing(place.outer.call) if place is not None and place.outer is not None else []
     if ex.stay and (ops := ex.only_waits(waiting)):
         await ex.journal.acommit(ops, fence=ex.fence)
     try:
         result = await future
-        if ex.stay and (ops := ex.goes_on(waiting)):
+        # Asking has taken back, durably, that the steps around were in flight: from here on they are again.
+        if ops := ex.goes_on(waiting):
             await ex.journal.acommit(ops, fence=ex.fence)
         return result
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -404,3 +405,50 @@ def test_answer_whose_process_is_killed_is_given_or_not_and_never_half(tmp_path:
         tasks.approve(task.id, by="the second")
     for n in range(count):
         assert asyncio.run(flow.options(run_id=f"r{n}").run(n)) in (f"person {n}", "the second")
+
+
+# -- steps around a question -----------------------------------------------------------------------
+
+AROUND = """
+    configure(notify=lambda task: tasks.approve(task.id, by="Ann"))
+    WAY
+    @workflow("around")
+    DEF flow(ctx):
+        DEF inner():
+            WAIT human_task(data=1)
+            note("effect")
+            if "die" in sys.argv:
+                die()
+        return WAIT step("outer", inner, in_doubt="raise")
+    try:
+        print(flow.run_sync())
+    except StepInDoubt as doubt:
+        print("in doubt", doubt.step)
+"""
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
+def test_step_that_went_on_after_its_answer_is_in_doubt_after_a_kill(tmp_path: Path, plain: bool) -> None:
+    words = {"WAY": "from agentflow.sync import *" if plain else "", "DEF": "def" if plain else "async def"}
+    source = AROUND
+    for name, word in {**words, "WAIT ": "" if plain else "await "}.items():
+        source = source.replace(name, word)
+    run_program(source, tmp_path, "die", expect_kill=True)
+    assert run_program(source, tmp_path).out == "in doubt outer\n"
+    assert notes(tmp_path) == ["effect"]
+
+
+def test_waiting_does_not_count_against_the_timeout_of_a_plain_step_around_it() -> None:
+    @sync.workflow("plain-timeout")
+    def flow(ctx: Context) -> Any:
+        return sync.step("review", lambda: sync.human_task(data=1).by, timeout="1s")
+
+    def notify(task: HumanTask) -> None:
+        def later() -> None:
+            time.sleep(1.5)
+            tasks.approve(task.id, by="Ann")
+
+        threading.Thread(target=later).start()
+
+    agentflow.configure(notify=notify)
+    assert flow.options(wait=True).run() == "Ann"
