@@ -138,6 +138,7 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
         ex.turn.notify_all()
     try:
         while True:
+            ex.hold()
             if wait is not None:
                 result = wait.check()
                 if result is not PENDING:

@@ -37,7 +37,7 @@ def result(ex: Execution, value: Any) -> tuple[str, Any]:
         raise StepNotAwaited(
             f"step {name!r} was called and never awaited, so it did not run. Write: await step({name!r}, ...)"
         )
-    if ex.totals.ran and ex.overdue():
+    if (ex.totals.ran or ex.cancelling) and ex.overdue():
         raise ex.too_late()
     return codec.roundtrip(value, where="result")
 
@@ -53,7 +53,8 @@ def in_time(ex: Execution, body: Callable[[], Any]) -> Any:
 
 
 def before_undoing(opened: Opened) -> None:
-    opened.ex.deadline, opened.ex.timed_out = None, False  # what is to be undone takes the time it takes
+    ex = opened.ex
+    ex.deadline, ex.timed_out, ex.cancelling = None, False, False  # what is to be undone takes the time it takes
     if opened.ex.compensations:
         opened.document["undoing"] = True
         opened.ex.journal.commit(
@@ -136,8 +137,13 @@ def close_failed(opened: Opened, error: Exception) -> None:
         document.pop("undoing", None)
         if ex.undo_failed:
             document["undoing"] = True
-    close(opened, "failed")
     undone = f", {len(ex.compensations)} undone" if ex.compensations else ""
+    if document.pop("cancelling", False):
+        document.pop("error")
+        close(opened, "cancelled")
+        summary(ex, f"cancelled{undone}")
+        return
+    close(opened, "failed")
     summary(ex, f"failed ({type(error).__name__}){undone}")
 
 
@@ -185,6 +191,11 @@ def give_up(opened: Opened) -> None:
     try:
         opened.lease.release(rundocs.write(opened.document, "interrupted"))
     except LeaseLost:
+        document = rundocs.read(opened.ex.journal, opened.ex.run_id)
+        if document is not None and (document["status"] == "cancelled" or document.get("cancelling")):
+            opened.ex.cancelled = True
+            log.warning("%s · was cancelled; nothing more is committed here", opened.ex.run_id)
+            return
         log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
     except JournalError as error:
         log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)

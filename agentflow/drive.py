@@ -14,9 +14,10 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from agentflow import rundocs
 from agentflow.calls import Call, Current, Here, Suspend, enclosing, here
 from agentflow.engine import keep_late, process
-from agentflow.errors import JournalError, NotRecordable, StepTimeout
+from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
 from agentflow.settings import log
@@ -313,6 +314,13 @@ async def _watch(ex: Execution) -> None:
             continue
         if not ex.parked:
             return
+        try:
+            ex.hold()
+        except JournalError as error:
+            for future in ex.parked:
+                if not future.done():
+                    future.set_exception(error)
+            return
         now = ex.clock()
         due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
         if ex.deadline is not None:
@@ -394,6 +402,8 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
     alarm = None
     if ex.deadline is not None:
         alarm = contextvars.Context().run(asyncio.ensure_future, _stop_at_deadline(ex, body))
+    if ex.lease is not None:
+        ex.lease.on_lost = lambda: _from_any_thread(loop, lambda: _stop_if_cancelled(ex, body))
     try:
         try:
             await asyncio.wait({body})
@@ -402,13 +412,17 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
             body.cancel()
             await asyncio.wait({body}, timeout=30)
             raise
-        if ex.suspended or ex.timed_out:
+        if ex.suspended or ex.timed_out or ex.cancelled:
             body.cancelled() or body.exception()
+            if ex.cancelled:
+                raise RunCancelled(f"run {ex.run_id} was cancelled.")
             if ex.timed_out:
                 raise ex.too_late()
             raise Suspend
         return body.result()
     finally:
+        if ex.lease is not None:
+            ex.lease.on_lost = None
         if alarm is not None:
             alarm.cancel()
         await _clean_up(ex, stopped)
@@ -421,6 +435,20 @@ async def _stop_at_deadline(ex: Execution, body: asyncio.Task[Any]) -> None:
     while not ex.overdue():  # noqa: ASYNC110
         await asyncio.sleep(min(max(ex.deadline - ex.clock(), 0.001), 0.25))
     body.cancel()
+
+
+def _from_any_thread(loop: asyncio.AbstractEventLoop, fn: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(fn)
+    except RuntimeError:  # the loop was closed meanwhile: the run is over
+        log.debug("a lease was lost after its run had ended")
+
+
+def _stop_if_cancelled(ex: Execution, body: asyncio.Task[Any]) -> None:
+    document = rundocs.read(ex.journal, ex.run_id)
+    if document is not None and (document["status"] == "cancelled" or document.get("cancelling")):
+        ex.cancelled = True
+        body.cancel()
 
 
 async def _body(main: Callable[[], Awaitable[Any]]) -> Any:

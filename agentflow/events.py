@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from agentflow.journal import Drop, Journal, Op, Put, Txn
 from agentflow.records import UNSET, moment
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log, settings
+from agentflow.settings import log, now
 from agentflow.values import once
 
 _COUNT = "en/events"
@@ -95,7 +94,7 @@ def send_event(name: str, payload: Any = None, run_id: str | None = None) -> Non
 def _send(txn: Txn, name: str, target: str, payload: str) -> None:
     # The time is taken inside the transaction: events are in the order of their numbers and of their times.
     number = int(txn.get(_COUNT) or 0) + 1
-    at = settings.clock() if settings.clock else time.time()
+    at = now()
     txn.put(_COUNT, str(number))
     txn.put(
         f"e/{in_key(name)}/{target}/{number:016d}",
@@ -148,8 +147,8 @@ def _wait(call: Call, names: list[str], match: Match, limit: float | None) -> Wa
     key = f"w/{ex.key}/{call.occ}.{version}"
     text = ex.journal.get(key)
     if text is None:
-        now = ex.clock()
-        facts = {"names": names, "at": now, "deadline": None if limit is None else now + limit, "outcome": None}
+        at = ex.clock()
+        facts = {"names": names, "at": at, "deadline": None if limit is None else at + limit, "outcome": None}
         text = orjson.dumps(facts).decode()
         ex.journal.commit([Put(key, text), *ex.only_waits(enclosing(call))], fence=ex.fence)
     document = orjson.loads(text)

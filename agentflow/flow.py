@@ -25,6 +25,7 @@ from agentflow.durations import Duration, seconds
 from agentflow.errors import (
     JournalError,
     RunBusy,
+    RunCancelled,
     RunNotFound,
     UsageError,
     Waiting,
@@ -234,8 +235,10 @@ class Workflow(Generic[P, T]):
         except Suspend:
             raise closing.close_waiting(opened) from None
         except Exception as error:
-            if isinstance(error, JournalError):
+            if isinstance(error, JournalError) or ex.cancelled:
                 closing.give_up(opened)
+                if ex.cancelled and not isinstance(error, RunCancelled):
+                    raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
                 raise
             if isinstance(error, Waiting):
                 raise closing.wait_for_child(opened, error) from None
@@ -290,8 +293,10 @@ class Workflow(Generic[P, T]):
         except Exception as error:
             if ex.suspended:
                 raise closing.close_waiting(opened) from None
-            if isinstance(error, JournalError):
+            if isinstance(error, JournalError) or ex.cancelled:
                 closing.give_up(opened)
+                if ex.cancelled and not isinstance(error, RunCancelled):
+                    raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
                 raise
             if isinstance(error, Waiting):
                 raise closing.wait_for_child(opened, error) from None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from collections.abc import Generator
 from decimal import Decimal
 from typing import Any
 
-from agentflow import codec, rundocs
+from agentflow import codec, control, rundocs
+from agentflow.blocking import run_coroutine
+from agentflow.calls import here
 from agentflow.context import view
-from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
+from agentflow.errors import AgentflowError, RunCancelled, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
 from agentflow.records import StepRecord, moment, money
 from agentflow.run import PlanStep
@@ -119,7 +123,33 @@ class Run:
             raise stored_error(self._document)
         if self.status == "waiting":
             raise waiting(self._document)
+        if self.status == "cancelled":
+            raise RunCancelled(f"run {self.id} was cancelled.")
         raise AgentflowError(f"run {self.id} is {self.status}: it has no result yet. Run it again to go on.")
+
+    def cancel(self, *, compensate: bool = False) -> Run:
+        """End the run, wherever it executes, and the runs that its body has started; open tasks are withdrawn.
+
+        From here on nothing more is committed for it: a process that executes it is refused, and stops at its next
+        commit or sign of life. A model call in flight is paid for, and its answer is not kept.
+
+        Args:
+            compensate: undo its steps that have a ``compensate=``, in reverse order, before it counts as cancelled. Its
+                workflow has to be defined in this program; otherwise that is done when it is next run.
+
+        Returns:
+            The cancelled run; awaiting it gives it at once.
+
+        Raises:
+            UsageError: it has completed or failed.
+        """
+        self._document = control.cancel(self._journal, self.id, compensate=compensate)
+        if compensate and self._workflow is not None and self.status != "cancelled":
+            with contextlib.suppress(RunCancelled):
+                context = contextvars.copy_context()
+                context.run(here.set, None)
+                context.run(run_coroutine, self._workflow.again(self._document))
+        return _Cancelled(self._journal, rundocs.find(self._journal, self.id), self._workflow)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if self._workflow is None:
@@ -131,6 +161,12 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.status}>"
+
+
+class _Cancelled(Run):
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self
+        yield  # a generator, which gives the run at once
 
 
 def single(arguments: dict[str, Any]) -> Any:

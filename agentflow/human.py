@@ -25,7 +25,7 @@ from agentflow.errors import (
     TaskRejected,
     UsageError,
 )
-from agentflow.index import NS, short
+from agentflow.index import NS, in_key, short
 from agentflow.journal import Drop, Journal, Put
 from agentflow.records import UNSET, Decision, Escalate, HumanTask, moment
 from agentflow.run import Execution
@@ -340,6 +340,17 @@ def withdraw(ex: Execution, status: str) -> list[Any]:
                 Put(f"h/{ident}", orjson.dumps(taskdocs.closed(document, "withdrawn", ex.clock())).decode()),
                 Drop(open_key(document)),
             ]
+    return ops
+
+
+def withdrawn(journal: Journal, run_id: str, at: float) -> list[Any]:
+    """Operations that withdraw all open tasks of a run that is cancelled."""
+    ops: list[Any] = []
+    for key, _ in journal.scan(f"ht/{in_key(run_id)}/"):
+        document = orjson.loads(journal.get(f"h/{key.rpartition('/')[2]}") or "{}")
+        if document.get("status") == "open":
+            gone = taskdocs.closed(document, "withdrawn", at)
+            ops += [Put(f"h/{document['id']}", orjson.dumps(gone).decode()), Drop(open_key(document))]
     return ops
 
 

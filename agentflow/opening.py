@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentflow import codec, human, rundocs, typecheck
+from agentflow.calls import Suspend, here
 from agentflow.capture import data_digest
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
@@ -25,7 +26,7 @@ from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log, settings
+from agentflow.settings import log, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,11 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
     elif flow.options.rerun:
         raise UsageError(f"rerun={list(flow.options.rerun)}: there is no run {run_id} of this input yet.")
     new = document is None
+    place = here.get()
+    parent = place.ex if place is not None and not place.ex.scratch else None
+    ended = document is not None and document["status"] in ("completed", "cancelled")
+    if parent is not None and not ended and parent.overdue():
+        raise Suspend
     ops: list[Any] = []
     if document is None:
         document = {
@@ -128,6 +134,8 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
         ops = rundocs.write(document, "running")
         own = f"={in_key(named(flow, arguments))}" if flow.run_id or flow.options.run_id else document["digest"]
         ops.append(Put(f"p/{in_key(flow.name)}/{own}", run_id))
+        if parent is not None:
+            ops.append(Put(f"ch/{parent.key}/{in_key(run_id)}", run_id))
     lease = acquire(
         journal,
         rundocs.lease_key(run_id),
@@ -210,6 +218,7 @@ def take_up(
     ex = execution(flow, journal, run_id, document, arguments, prior)
     ex.fence, ex.lease = lease.fence, lease
     ex.deadline = document.get("deadline")
+    ex.cancelling = bool(document.get("cancelling"))
     if prior is not None:
         ex.load_marks()
     return Opened(flow, ex, document, lease, arguments)
@@ -220,8 +229,7 @@ def set_deadline(flow: Definition, document: dict[str, Any], prior: str | None) 
     if flow.timeout is None:
         document.pop("deadline", None)
     elif document.get("deadline") is None or (prior in ("completed", "failed") and not document.get("undoing")):
-        now = settings.clock() if settings.clock else time.time()
-        document["deadline"] = now + flow.timeout
+        document["deadline"] = now() + flow.timeout
 
 
 def execution(

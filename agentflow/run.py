@@ -20,12 +20,12 @@ import orjson
 
 from agentflow import codec
 from agentflow.calls import Call, Current, Here, current_task, here
-from agentflow.errors import LeaseLost, StepFailed, WorkflowTimeout
+from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeout
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
 from agentflow.records import moment
-from agentflow.settings import log, settings
+from agentflow.settings import log, now
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
 PROCESS_START = time.time()
@@ -96,6 +96,8 @@ class Execution:
     closed: bool = False
     deadline: float | None = None
     timed_out: bool = False
+    cancelling: bool = False
+    cancelled: bool = False
     ask: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
@@ -595,15 +597,17 @@ class Execution:
     # -- facts about the moment --------------------------------------------------------------
 
     def clock(self) -> float:
-        return settings.clock() if settings.clock else time.time()
+        return now()
 
     def overdue(self) -> bool:
         """Whether the run's deadline has passed: from then on no step starts that is not recorded."""
-        if not self.timed_out and not self.suspended and self.deadline is not None:
-            self.timed_out = self.clock() >= self.deadline
+        if not self.timed_out and not self.suspended:
+            self.timed_out = self.cancelling or (self.deadline is not None and self.clock() >= self.deadline)
         return self.timed_out
 
-    def too_late(self) -> WorkflowTimeout:
+    def too_late(self) -> WorkflowTimeout | RunCancelled:
+        if self.cancelling:
+            return RunCancelled(f"run {self.run_id} was cancelled.")
         when = moment(self.deadline)
         error = WorkflowTimeout(
             f"run {self.run_id} did not finish before its deadline, {when:%Y-%m-%d %H:%M:%S} UTC (the workflow's "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ class Settings:
 settings = Settings()
 
 _UNSET: Any = object()
+
+
+def now() -> float:
+    """Seconds since 1970, as recorded instants are compared with: the wall's clock, or a test's."""
+    return settings.clock() if settings.clock else time.time()
 
 
 def configure(

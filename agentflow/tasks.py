@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import time
 from typing import Any
 
 import orjson
@@ -14,7 +13,7 @@ from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
 from agentflow.records import UNSET, HumanTask, moment
 from agentflow.scratch import open_journal
-from agentflow.settings import settings
+from agentflow.settings import now, settings
 
 STATUSES = ("open", "approved", "rejected", "answered", "expired", "withdrawn")
 
@@ -36,7 +35,7 @@ def list(
     """
     if status is not None and status not in STATUSES:
         raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
-    journal, now = open_journal(), _now()
+    journal, moment_ = open_journal(), now()
     found = []
     if status == "open":
         documents = (journal.get(f"h/{ident}") for _, ident in journal.scan("xt/open/"))
@@ -48,7 +47,7 @@ def list(
             continue
         if run_id is not None and document["run_id"] != run_id:
             continue
-        document = taskdocs.escalated(document, now)
+        document = taskdocs.escalated(document, moment_)
         names = document["assign_to"]
         if assign_to is not None and assign_to not in ([names] if isinstance(names, str) else names or ()):
             continue
@@ -59,7 +58,7 @@ def list(
 
 def get(task_id: str) -> HumanTask:
     """One task, by its id or by an unambiguous beginning of it."""
-    return human.task_of(taskdocs.escalated(_find(open_journal(), task_id), _now()))
+    return human.task_of(taskdocs.escalated(_find(open_journal(), task_id), now()))
 
 
 def approve(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
@@ -92,10 +91,6 @@ def answer(task_id: str, data: Any, by: str | None = None, comment: str | None =
     return _decide(task_id, True, by, comment, data)
 
 
-def _now() -> float:
-    return settings.clock() if settings.clock else time.time()
-
-
 def _find(journal: Journal, task_id: str) -> dict[str, Any]:
     if not isinstance(task_id, str) or not task_id:
         raise UsageError(f"task id {task_id!r} is not text.")
@@ -116,19 +111,19 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
         if value is not None and not isinstance(value, str):
             raise UsageError(f"{name}={value!r} is not text.")
     journal = open_journal()
-    now = _now()
-    found = taskdocs.escalated(_find(journal, task_id), now)
+    at = now()
+    found = taskdocs.escalated(_find(journal, task_id), at)
     if settings.authorize is not None and not settings.authorize(human.task_of(found), by):
         raise _closed(found, f"{by or 'nobody named'} may not decide task {found['id']}.")
-    _refuse_closed(found, now)
+    _refuse_closed(found, at)
     # Before the transaction, which everybody's commits wait for: the schema's own validators run here.
-    answered = human.answered(journal, found, approved, by, now, comment, data)
+    answered = human.answered(journal, found, approved, by, at, comment, data)
 
     def decide(txn: Any) -> dict[str, Any]:
-        document = taskdocs.escalated(orjson.loads(txn.get(f"h/{found['id']}")), now)
-        _refuse_closed(document, now)
+        document = taskdocs.escalated(orjson.loads(txn.get(f"h/{found['id']}")), at)
+        _refuse_closed(document, at)
         more = {"by": by, "comment": comment, "digest": document["digest"]}
-        decided: dict[str, Any] = taskdocs.noted(document | answered, answered["status"], now, **more)
+        decided: dict[str, Any] = taskdocs.noted(document | answered, answered["status"], at, **more)
         txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
         txn.drop(human.open_key(document))
         return decided
@@ -136,11 +131,11 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
     return human.task_of(journal.guarded(decide))
 
 
-def _refuse_closed(document: dict[str, Any], now: float) -> None:
-    if document["status"] == "open" and document["deadline"] is not None and now >= document["deadline"]:
+def _refuse_closed(document: dict[str, Any], at: float) -> None:
+    if document["status"] == "open" and document["deadline"] is not None and at >= document["deadline"]:
         raise _closed(
             document,
-            f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.",
+            f"task {document['id']} expired {words(at - document['deadline'])} ago: its deadline has passed.",
         )
     if document["status"] != "open":
         raise _closed(document, _why_closed(document))

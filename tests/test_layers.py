@@ -30,7 +30,7 @@ LAYERS = [
     {"engine"},
     {"drive"},
     {"blocking", "human", "scratch", "values"},
-    {"events"},
+    {"control", "events"},
     {"aicall", "context", "humantask", "steps", "tasks"},
     {"embeddings", "handles"},
     {"opening"},
