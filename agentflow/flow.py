@@ -206,8 +206,15 @@ class Workflow(Generic[P, T]):
         journal = open_journal()
         return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
 
-    def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-        named = self._copy(replace(self._definition.options, run_id=document["id"], fresh=False))
+    @property
+    def blocking(self) -> bool:
+        """Whether its function is plain code."""
+        return self._definition.blocking
+
+    def again(self, document: dict[str, Any], rerun: tuple[str, ...] = ()) -> Coroutine[Any, Any, Any]:
+        """Go on with the run of this document, doing the steps anew whose ids are given."""
+        now = self._definition.options
+        named = self._copy(replace(now, run_id=document["id"], fresh=False, rerun=rerun or now.rerun))
         return named._run(codec.decode(document["input"]))
 
     async def _run(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:

@@ -151,12 +151,37 @@ class Run:
                 context.run(run_coroutine, self._workflow.again(self._document))
         return _Cancelled(self._journal, rundocs.find(self._journal, self.id), self._workflow)
 
-    def __await__(self) -> Generator[Any, Any, Any]:
+    def retry(self, *, from_step: str | None = None) -> Any:
+        """Go on with the run and give its result: ``await run.retry(from_step="draft")``; in plain code without await.
+
+        Args:
+            from_step: a step's name or id: its record and those of all steps that were started after it are dropped,
+                and done anew where the code asks for them. Of several of that name the first counts. None: as
+                ``await run``, what is recorded stays, and a failed step is tried again.
+
+        Raises:
+            UsageError: there is no such step, or the workflow is not defined in this program.
+        """
+        rerun: tuple[str, ...] = ()
+        if from_step is not None:
+            rows = rundocs.rows(self._journal, self.id, undone=True)
+            first = next((row for row in rows if from_step in (row.head["name"], row.head["occ"])), None)
+            if first is None:
+                names = ", ".join(dict.fromkeys(repr(row.head["name"]) for row in rows)) or "none"
+                raise UsageError(f"retry(from_step={from_step!r}): run {self.id} has no such step. It has: {names}.")
+            rerun = tuple(row.head["occ"] for row in rows if row.head["s0"] >= first.head["s0"] and not row.undone)
+        resumed = self._code().again(rundocs.find(self._journal, self.id), rerun)
+        return run_coroutine(resumed) if self._code().blocking else resumed
+
+    def _code(self) -> Any:
         if self._workflow is None:
             raise UsageError(
                 f"run {self.id}: its workflow {self.workflow!r} is not defined in this program; import it first."
             )
-        resumed: Generator[Any, Any, Any] = self._workflow.again(self._document).__await__()
+        return self._workflow
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        resumed: Generator[Any, Any, Any] = self._code().again(self._document).__await__()
         return resumed
 
     def __repr__(self) -> str:

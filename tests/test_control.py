@@ -17,6 +17,7 @@ from agentflow import (
     RunCancelled,
     TaskClosed,
     UsageError,
+    Waiting,
     WorkflowTimeout,
     human_task,
     runs,
@@ -245,3 +246,69 @@ async def test_run_that_is_too_late_starts_no_child() -> None:
         with pytest.raises(WorkflowTimeout):
             await parent.run()
     assert done == [1]
+
+
+# -- retry -----------------------------------------------------------------------------------------
+
+
+done: list[str] = []
+broken: list[bool] = []
+
+
+def work(name: str) -> str:
+    done.append(name)
+    if name == "d" and broken:
+        raise ValueError("broken")
+    return name
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
+def test_retry_from_a_step_does_it_and_what_was_started_after_it_anew(plain: bool) -> None:
+    done.clear()
+    broken[:] = [True]
+    if plain:
+
+        @sync.workflow("retried")
+        def flow(ctx: Context) -> str:
+            return "".join(sync.step(name, work, name) for name in "abcd")
+    else:
+
+        @workflow("retried")
+        async def flow(ctx: Context) -> str:
+            return "".join([await step(name, work, name) for name in "abcd"])
+
+    def retry(**options: Any) -> Any:
+        found = flow.runs()[0].retry(**options)
+        return found if plain else asyncio.run(_awaited(found))
+
+    with pytest.raises(ValueError):
+        flow.run_sync()
+    broken.clear()
+    done.clear()
+    assert retry() == "abcd" and done == ["d"]
+    done.clear()
+    assert retry(from_step="b") == "abcd" and done == ["b", "c", "d"]
+    done.clear()
+    assert retry(from_step=flow.runs()[0].steps[2].id) == "abcd" and done == ["c", "d"]
+    with pytest.raises(UsageError, match="no such step.*'a'"):
+        retry(from_step="x")
+    assert flow.run_sync() == "abcd" and len(done) == 2
+
+
+async def _awaited(it: Any) -> Any:
+    return await it
+
+
+async def test_person_is_asked_again_when_a_run_is_retried_from_before_the_question() -> None:
+    @workflow("asked-again")
+    async def flow(ctx: Context) -> Any:
+        await step("write", lambda: 1)
+        return (await human_task(data=1)).by
+
+    await flow.start()
+    tasks.approve(tasks.list()[0].id, by="Ann")
+    assert await flow.run() == "Ann"
+    with pytest.raises(Waiting):
+        await flow.runs()[0].retry(from_step="write")
+    tasks.approve(tasks.list()[0].id, by="Bob")
+    assert await flow.run() == "Bob"

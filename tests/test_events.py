@@ -15,6 +15,7 @@ from agentflow import (
     CapturedChanged,
     Context,
     EventTimeout,
+    RunCancelled,
     RunNotFound,
     UsageError,
     Waiting,
@@ -468,6 +469,14 @@ def test_event_taken_by_a_wait_that_is_not_asked_for_any_more_is_free_again(tmp_
     run_program(KILLED, tmp_path, "1", "die", expect_kill=True)
     assert left(journal) == 0
     assert run_program(KILLED, tmp_path, "skip").out == "completed skipped\n"
+    assert left(journal) == 1
+
+
+async def test_run_that_was_taken_away_at_that_moment_takes_no_event(journal: Journal) -> None:
+    flow = waiting_for(match=lambda payload: runs.cancel(runs.list()[0].id) is not None)
+    send_event("paid", 1)
+    with pytest.raises(RunCancelled):
+        await flow.run()
     assert left(journal) == 1
 
 
