@@ -151,7 +151,8 @@ def _wait(call: Call, facts: dict[str, Any], limit: float | None, again: int = 0
             if document.get("remind_at") is not None:
                 info["remind_at"] = document["remind_at"]
             wait.due = document["deadline"]
-            if wait.due is not None and ex.clock() >= wait.due:
+            # Withdrawn: the run was cancelled, which its lease tells.
+            if wait.due is not None and ex.clock() >= wait.due and document["status"] == "open":
                 return expire(ex, ident)
         return PENDING
 
@@ -316,6 +317,8 @@ def expire(ex: Execution, ident: str) -> dict[str, Any]:
     """Close a task whose deadline has passed, unless a decision came first."""
 
     def close(txn: Any) -> dict[str, Any]:
+        if ex.fence is not None:
+            txn.check(ex.fence)
         document = orjson.loads(txn.get(f"h/{ident}"))
         if document["status"] == "open":
             document = taskdocs.closed(document, "expired", document["deadline"])

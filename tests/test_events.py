@@ -465,6 +465,14 @@ def test_kill_between_taking_an_event_and_recording_it_loses_and_doubles_nothing
     assert left(journal) == 0 and not list(journal.scan("w/"))
 
 
+def test_event_taken_before_a_kill_is_there_though_no_other_comes(tmp_path: Path, journal: Journal) -> None:
+    run_program(KILLED, tmp_path, "1", "die", expect_kill=True)
+    assert left(journal) == 0
+    assert run_program(KILLED, tmp_path).out == "waiting None\n"
+    assert [s.output["payload"] for s in runs.list()[0].steps] == [1]
+    assert run_program(KILLED, tmp_path, "2").out == "completed [1, 2]\n"
+
+
 def test_event_taken_by_a_wait_that_is_not_asked_for_any_more_is_free_again(tmp_path: Path, journal: Journal) -> None:
     run_program(KILLED, tmp_path, "1", "die", expect_kill=True)
     assert left(journal) == 0
