@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from agentflow.codec import register_type
     from agentflow.context import Context
     from agentflow.embeddings import embed
+    from agentflow.events import send_event
     from agentflow.flow import Workflow, workflow
     from agentflow.handles import Plan, Run
     from agentflow.humantask import human_task
     from agentflow.models import Reply
     from agentflow.prompts import Prompt, load_prompt
-    from agentflow.records import Decision, HumanTask, Retry, StepRecord
+    from agentflow.records import Decision, Escalate, HumanTask, Retry, StepRecord
     from agentflow.settings import configure
     from agentflow.steps import parallel, step
     from agentflow.tools import tool
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Context": "context",
     "Decision": "records",
+    "Escalate": "records",
     "HumanTask": "records",
     "Plan": "handles",
     "Prompt": "prompts",
@@ -59,6 +61,7 @@ _HOME = {
     "load_prompt": "prompts",
     "parallel": "steps",
     "register_type": "codec",
+    "send_event": "events",
     "step": "steps",
     "tool": "tools",
     "workflow": "flow",
@@ -69,6 +72,7 @@ _ALIASES = {"generateContent": "generate_content", "humanTask": "human_task"}
 __all__ = [
     "Context",
     "Decision",
+    "Escalate",
     "HumanTask",
     "Plan",
     "Prompt",
@@ -89,6 +93,7 @@ __all__ = [
     "parallel",
     "register_type",
     "runs",
+    "send_event",
     "step",
     "tasks",
     "tool",

@@ -70,20 +70,25 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
                 return result
             return portal.call(_await, result)
         context = contextvars.copy_context()
+        clock = current.clock = None if timeout is None else _Clock(timeout)
         if is_async:
             future = portal.start(context, call.fn, call.args, call.kwargs)
         else:
             future = threads.submit(context, call.fn, call.args, call.kwargs)
-        try:
-            return future.result(timeout)
-        except TimeoutError as error:
-            if future.done():
-                raise
+        while True:
+            try:
+                return future.result(None if clock is None else clock.left())
+            except TimeoutError as error:
+                if future.done():
+                    raise
+                if clock is None or not clock.expired():
+                    continue
+                late = error
             if is_async:
                 future.cancel()
             else:
                 when_back(future, current)
-            raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
+            raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from late
     finally:
         here.reset(token)
 
@@ -101,7 +106,7 @@ def _answered(call: Call, current: Current) -> Any:
             park_blocking(ex, wait)
         finally:
             later.forget(wait)
-        if ops := ex.goes_on([current, *enclosing(call)]):
+        if ops := ex.goes_on([current]):
             ex.journal.commit(ops, fence=ex.fence)
 
 
@@ -135,26 +140,67 @@ async def _await(value: Any) -> Any:
     return await value
 
 
+class _Clock:
+    """What one attempt of plain code has left; as ``asyncio.Timeout``, it can be stopped and set going again."""
+
+    def __init__(self, timeout: float) -> None:
+        self._when: float | None = time.monotonic() + timeout
+
+    def when(self) -> float | None:
+        return self._when
+
+    def reschedule(self, when: float | None) -> None:
+        self._when = when
+
+    def expired(self) -> bool:
+        return self._when is not None and time.monotonic() >= self._when
+
+    def left(self) -> float:
+        """Seconds after which to look again."""
+        return 0.05 if (when := self._when) is None else max(0.0, when - time.monotonic())
+
+
+def _stop_clocks() -> list[tuple[Any, float]]:
+    """Waiting does not count against the timeouts of the enclosing steps."""
+    place, stopped = here.get(), []
+    current = place.outer if place is not None else None
+    while current is not None:
+        if current.clock is not None and (when := current.clock.when()) is not None:
+            stopped.append((current.clock, when - time.monotonic()))
+            current.clock.reschedule(None)
+        current = current.parent
+    return stopped
+
+
 def park_blocking(ex: Execution, wait: Wait | None) -> Any:
     """Wait in the calling thread; leaves by ``Suspend`` when no branch can go on and no time is near."""
     pause, me = 0.001, object()
+    clocks = _stop_clocks()
+    place = here.get()
+    around = enclosing(place.outer.call) if place is not None and place.outer is not None else []
     with ex.turn:
         ex.held_up[me] = wait
         ex.going -= 1
         ex.turn.notify_all()
     try:
         while True:
+            ex.hold()
             if wait is not None:
                 result = wait.check()
                 if result is not PENDING:
+                    if ops := ex.goes_on(around):
+                        ex.journal.commit(ops, fence=ex.fence)
                     return result
             with ex.turn:
                 place = here.get()
                 if ex.left_branches and place is not None and ex.is_left(place):
                     raise Suspend
+                if ex.overdue():
+                    raise Suspend
                 now = ex.clock()
                 waits = [each for each in ex.held_up.values() if each is not None]
-                near = any(each.due is not None and each.due - now <= 60 for each in waits)
+                dues = [ex.deadline, *(each.due for each in waits)]
+                near = any(due is not None and due - now <= 60 for due in dues)
                 looking = ex.batches is not None and ex.batches.looking
                 look = ex.batches is not None and ex.going <= 0 and not ex.suspended and ex.batches.due()
                 stuck = ex.going <= 0 and not ex.suspended and not ex.stay and not near and not looking
@@ -180,6 +226,8 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
         with ex.turn:
             del ex.held_up[me]
             ex.going += 1
+        for clock, left in clocks:
+            clock.reschedule(time.monotonic() + left)
 
 
 def _ready(wait: Wait) -> bool:

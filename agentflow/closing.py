@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from agentflow import codec, human, rundocs
-from agentflow.calls import PLAIN, Call, Options
+from agentflow import codec, events, human, rundocs
+from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.drive import Wait, collect
 from agentflow.errors import (
     BudgetExceeded,
@@ -37,10 +38,24 @@ def result(ex: Execution, value: Any) -> tuple[str, Any]:
         raise StepNotAwaited(
             f"step {name!r} was called and never awaited, so it did not run. Write: await step({name!r}, ...)"
         )
+    if (ex.totals.ran or ex.cancelling) and ex.overdue():
+        raise ex.too_late()
     return codec.roundtrip(value, where="result")
 
 
+def in_time(ex: Execution, body: Callable[[], Any]) -> Any:
+    """The plain body's value. Plain code cannot be stopped: when its time is over, it ends at its next step."""
+    try:
+        return body()
+    except (Suspend, Exception):
+        if ex.timed_out:
+            raise ex.too_late() from None
+        raise
+
+
 def before_undoing(opened: Opened) -> None:
+    ex = opened.ex
+    ex.deadline, ex.timed_out, ex.cancelling = None, False, False  # what is to be undone takes the time it takes
     if opened.ex.compensations:
         opened.document["undoing"] = True
         opened.ex.journal.commit(
@@ -123,8 +138,13 @@ def close_failed(opened: Opened, error: Exception) -> None:
         document.pop("undoing", None)
         if ex.undo_failed:
             document["undoing"] = True
-    close(opened, "failed")
     undone = f", {len(ex.compensations)} undone" if ex.compensations else ""
+    if document.pop("cancelling", False):
+        document.pop("error")
+        close(opened, "cancelled")
+        summary(ex, f"cancelled{undone}")
+        return
+    close(opened, "failed")
     summary(ex, f"failed ({type(error).__name__}){undone}")
 
 
@@ -140,7 +160,8 @@ def close_waiting(opened: Opened) -> Waiting:
     waits = ex.waits
     unique = {wait.info["id"]: wait.info for wait in waits}
     document["waiting_on"] = list(unique.values())
-    document["due"] = min((wait.due for wait in waits if wait.due is not None), default=None)
+    dues = [ex.deadline, *(wait.due for wait in waits), *(wait.info.get("remind_at") for wait in waits)]
+    document["due"] = min((due for due in dues if due is not None), default=None)
     close(opened, "waiting")
     summary(ex, "waiting")
     return waiting(document)
@@ -154,7 +175,9 @@ def close(opened: Opened, status: str) -> None:
     else:
         document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
-    ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
+    ops = human.withdraw(ex, status) if ex.prior is not None or ex.asked_tasks else []
+    if status == "completed" and (ex.prior is not None or ex.asked_tasks):
+        ops += events.give_back(ex)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
     assert opened.lease is not None
     opened.lease.release(ops)
@@ -173,6 +196,11 @@ def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
         ops: list[Any] = [Drop(key) for key in opened.ex.unstarted]
         opened.lease.release(ops + rundocs.write(opened.document, "interrupted") + opened.ex.saved_row())
     except LeaseLost:
+        document = rundocs.read(opened.ex.journal, opened.ex.run_id)
+        if document is not None and (document["status"] == "cancelled" or document.get("cancelling")):
+            opened.ex.cancelled = True
+            log.warning("%s · was cancelled; nothing more is committed here", opened.ex.run_id)
+            return
         log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
     except JournalError as error:
         log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random as random_
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -14,12 +14,15 @@ from agentflow import codec
 from agentflow.blocking import drive_blocking
 from agentflow.calls import PLAIN, Call, here
 from agentflow.drive import PENDING, Wait
-from agentflow.durations import Duration, seconds
+from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
+from agentflow.events import wait_call
 from agentflow.index import Row, Slot
-from agentflow.records import StepRecord, moment
+from agentflow.journal import Add
+from agentflow.records import UNSET, StepRecord, moment
 from agentflow.run import Execution
 from agentflow.settings import log
+from agentflow.values import in_ident, once
 
 
 def view(row: Row, *, replayed: bool = False) -> StepRecord:
@@ -122,31 +125,56 @@ class Context:
         return self._value("random", name, random_.random)  # type: ignore[no-any-return]
 
     def sleep(self, duration: Duration) -> Any:
-        """Wait; the end is recorded, so that a restart does not begin anew. ``await`` it.
+        """Wait; the end is recorded, so that neither a restart nor an edit elsewhere begins anew. ``await`` it.
 
-        Over 60 s, when nothing else in the run can go on, the run is suspended and goes on when it is
-        run again after that time.
+        With more than 60 s to go, and when nothing else in the run can go on, the run is suspended: ``run()`` raises
+        ``Waiting``, and it goes on when it is run again after that time. Shorter sleeps are waited for on the spot.
+        Another duration is another sleep, which begins when it is asked for.
         """
         length = seconds(duration, what="ctx.sleep")
         if length is None:
             raise UsageError('ctx.sleep(None): give seconds or a duration such as "30d".')
         ex = self._ex
-        call = Call(ex, f"sleep {duration}", None, (), {}, PLAIN, "sleep")
+        call = Call(ex, f"sleep {exact(length)}", None, (), {}, PLAIN, "sleep")
         call.started = True
-        call.given = call.digest = f"sleep{length:g}"
-        ex.locate(call, _given(call.digest))
+        call.given = call.digest = f"sleep{length!r}"
+        ex.locate(call, in_ident(call.digest))
         call.wait = lambda: self._sleeping(call, length)
         call.started = False
         return drive_blocking(call) if self._blocking else call
 
+    def wait_for_event(
+        self,
+        name: str | Sequence[str],
+        *,
+        match: Callable[[Any], Any] | Mapping[str, Any] | None = None,
+        timeout: Duration | None = None,
+        default: Any = UNSET,
+    ) -> Any:
+        """Wait for an event and return its payload. ``await`` it. An event that was sent before is there at once.
+
+        When nothing else in the run can go on, the run is suspended: ``run()`` raises ``Waiting``, and it goes on when
+        it is run again after the event was sent. What came is recorded, and a replay gets the same.
+
+        Args:
+            name: the event's name, or several, of which the first to come is taken: then the result is an ``Event``
+                with ``name`` and ``payload``.
+            match: takes only an event that fits: a function of the payload, or a dict of fields that have to be equal.
+                Others are left for other waits. Waits of one name that differ in nothing but the code of this
+                function are told apart like exact repeats of a step, by their order.
+            timeout: seconds or a duration from the first asking on, recorded: a restart does not extend it. An event
+                counts that was sent before its end, however late the run goes on. None: no end.
+            default: returned when the time is over. Not given: ``EventTimeout`` is raised, a ``TimeoutError``.
+        """
+        call = wait_call(self._ex, name, match, timeout, default)
+        return drive_blocking(call) if self._blocking else call
+
     def _sleeping(self, call: Call, length: float) -> Wait:
         ex = self._ex
-        key = f"z/{ex.key}/{call.occ}"
+        key = f"z/{ex.key}/{call.occ}" + (f".{version}" if (version := ex.own_slot(call).n + 1) else "")
         stored = ex.journal.get(key)
         due = float(stored) if stored is not None else ex.clock() + length
         if stored is None:
-            from agentflow.journal import Add
-
             ex.journal.commit([Add(key, repr(due))], fence=ex.fence)
         return Wait(
             lambda: None if ex.clock() >= due else PENDING, {"kind": "sleep", "id": call.occ, "until": due}, due
@@ -159,29 +187,4 @@ class Context:
         at = here.get()
         if at is None or at.ex is not ex:
             raise UsageError(f"ctx.{kind}() was called outside the run {ex.run_id} that ctx belongs to.")
-        call = Call(ex, f"{kind} {name}".strip(), None, (), {}, PLAIN, "value")
-        call.started = True
-        ex.locate(call, _given(kind))
-        slot = call.slot = call.slot or ex.in_branch(call)
-        if slot is not None and (n := ex.newest(slot)) is not None:
-            ex.take(call, slot)
-            ex.enter(call)
-            return codec.decode(ex.records.row(slot, n).output)
-        text, value = codec.roundtrip(make(), where=f"ctx.{kind}()")
-        if ex.plan:
-            return value
-        slot, now = ex.own_slot(call), ex.clock()
-        head = {
-            "name": call.name, "kind": "value", "status": "completed", "run": ex.run_id, "workflow": ex.workflow,
-            "occ": call.occ, "scope": call.here.scope, "branch": ex.branch_of(call), "epoch": call.here.epoch,
-            "given": kind, "t0": now, "t1": now, "asked": now, "w0": ex.session, "s0": ex.next(), "s1": ex.next(),
-            "attempts": 1, "sample": 0, "key": "", "code": "",
-        }  # fmt: skip
-        ex.journal.commit([ex.records.record(slot, Row.compose(head, text, ""))], fence=ex.fence)
-        ex.committed(slot)
-        ex.enter(call)
-        return value
-
-
-def _given(text: str) -> str:
-    return text.ljust(20, "_")[:20].replace("/", "_").replace(".", "_").replace("+", "_")
+        return once(ex, kind, name, kind, make)

@@ -15,9 +15,10 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from agentflow import rundocs
 from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here, start_clocks, stop_clocks
 from agentflow.engine import keep_late, process
-from agentflow.errors import JournalError, NotRecordable, StepTimeout
+from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
 from agentflow.settings import log
@@ -146,7 +147,7 @@ async def _answered(call: Call, current: Current) -> Any:
             await park(call.ex, wait)
         finally:
             later.forget(wait)
-        if ops := call.ex.goes_on([current, *enclosing(call)]):
+        if ops := call.ex.goes_on([current]):
             await call.ex.journal.acommit(ops, fence=call.ex.fence)
 
 
@@ -280,22 +281,25 @@ def branch_label(name: str, given: Any) -> str:
 
 async def park(ex: Execution, wait: Wait | None) -> Any:
     """Wait for a person, an event or a time; leaves by ``Suspend`` when nothing else can go on."""
+    place = here.get()
+    waiting = enclosing(place.outer.call) if place is not None and place.outer is not None else []
     if wait is not None:
         result = wait.check()
         if result is not PENDING:
+            if ops := ex.goes_on(waiting):
+                await ex.journal.acommit(ops, fence=ex.fence)
             return result
     future = asyncio.get_running_loop().create_future()
     ex.parked[future] = (wait, asyncio.current_task())
     if ex.watcher is None or ex.watcher.done():
         ex.watcher = contextvars.Context().run(asyncio.ensure_future, _watch(ex))
     clocks = stop_clocks()
-    place = here.get()
-    waiting = enclosing(place.outer.call) if place is not None and place.outer is not None else []
     if ex.stay and (ops := ex.only_waits(waiting)):
         await ex.journal.acommit(ops, fence=ex.fence)
     try:
         result = await future
-        if ex.stay and (ops := ex.goes_on(waiting)):
+        # Asking has taken back, durably, that the steps around were in flight: from here on they are again.
+        if ops := ex.goes_on(waiting):
             await ex.journal.acommit(ops, fence=ex.fence)
         return result
     finally:
@@ -323,11 +327,21 @@ async def _watch(ex: Execution) -> None:
             continue
         if not ex.parked:
             return
+        try:
+            ex.hold()
+        except JournalError as error:
+            for future in ex.parked:
+                if not future.done():
+                    future.set_exception(error)
+            return
         if ex.batches is not None and ex.batches.due() and await _still_idle(ex) and await _look(ex):
             pause = 0.0
             continue
         now = ex.clock()
-        soon = any(wait is not None and wait.due is not None and wait.due - now <= 60 for wait, _ in ex.parked.values())
+        due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
+        if ex.deadline is not None:
+            due.append(ex.deadline - now)
+        soon = any(left <= 60 for left in due)
         if not ex.stay and not soon and await _still_idle(ex):
             ex.suspended = True
             ex.waits = [wait for wait, _ in ex.parked.values() if wait is not None]
@@ -335,7 +349,6 @@ async def _watch(ex: Execution) -> None:
                 if not future.done():
                     future.set_exception(Suspend())
             return
-        due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
 
 
@@ -414,6 +427,11 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
     ex.tasks.pop(body, None)
     ex.root.task = body
     stopped = ex.stopping = False
+    alarm = None
+    if ex.deadline is not None:
+        alarm = contextvars.Context().run(asyncio.ensure_future, _stop_at_deadline(ex, body))
+    if ex.lease is not None:
+        ex.lease.on_lost = lambda: _from_any_thread(loop, lambda: _stop_if_cancelled(ex, body))
     try:
         try:
             await asyncio.wait({body})
@@ -422,13 +440,43 @@ async def execute(ex: Execution, main: Callable[[], Awaitable[Any]]) -> Any:
             body.cancel()
             await asyncio.wait({body}, timeout=30)
             raise
-        if ex.suspended:
+        if ex.suspended or ex.timed_out or ex.cancelled:
             body.cancelled() or body.exception()
+            if ex.cancelled:
+                raise RunCancelled(f"run {ex.run_id} was cancelled.")
+            if ex.timed_out:
+                raise ex.too_late()
             raise Suspend
         return body.result()
     finally:
+        if ex.lease is not None:
+            ex.lease.on_lost = None
+        if alarm is not None:
+            alarm.cancel()
         await _clean_up(ex, stopped)
         _unwatch_tasks(loop)
+
+
+async def _stop_at_deadline(ex: Execution, body: asyncio.Task[Any]) -> None:
+    """The clock is looked at now and then: it is the wall's, which may be set, or a test's."""
+    assert ex.deadline is not None
+    while not ex.overdue():  # noqa: ASYNC110
+        await asyncio.sleep(min(max(ex.deadline - ex.clock(), 0.001), 0.25))
+    body.cancel()
+
+
+def _from_any_thread(loop: asyncio.AbstractEventLoop, fn: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(fn)
+    except RuntimeError:  # the loop was closed meanwhile: the run is over
+        log.debug("a lease was lost after its run had ended")
+
+
+def _stop_if_cancelled(ex: Execution, body: asyncio.Task[Any]) -> None:
+    document = rundocs.read(ex.journal, ex.run_id)
+    if document is not None and (document["status"] == "cancelled" or document.get("cancelling")):
+        ex.cancelled = True
+        body.cancel()
 
 
 async def _body(main: Callable[[], Awaitable[Any]]) -> Any:

@@ -51,6 +51,19 @@ def seconds(value: Duration | None, *, what: str = "duration") -> float | None:
     return result
 
 
+def exact(value: float) -> str:
+    """A duration as ``seconds`` reads it, whole: equal durations have equal text.
+
+    >>> exact(2592000.0), exact(5400), exact(0.25), exact(0)
+    ('30d', '1h30m', '0.25s', '0s')
+    """
+    rest, text = value, ""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        count, rest = divmod(rest, size)
+        text += f"{int(count)}{unit}" if count else ""
+    return text + f"{rest:.6g}s" if rest or not text else text
+
+
 def words(value: float) -> str:
     """A duration for people, at most two units.
 

@@ -231,6 +231,8 @@ def _run(call: Call, again: int = 0) -> Process:
         yield ("park", None)
     if ex.collecting:
         raise located(StepError(f"step {call.name!r} has no record"), call)
+    if ex.overdue():
+        raise Suspend
     slot = ex.own_slot(call)
     if (still := in_flight.get((ex.journal.id, ex.run_id, call.occ))) is not None:
         ex.say(f"{call.name}: is still running from before; waiting for it")
@@ -251,7 +253,7 @@ def _run(call: Call, again: int = 0) -> Process:
     started = state.since or ex.clock()
     order = ex.next()
     while True:
-        if ex.suspended:
+        if ex.suspended or ex.overdue():
             raise Suspend
         ex.hold()
         undone = max(slot.voids(), again)

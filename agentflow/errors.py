@@ -18,6 +18,8 @@
     ├── Waiting                 the run can only go on when a person, an event or a time comes
     ├── RunCancelled
     ├── BudgetExceeded          the next call could cost more than the budget still allows
+    ├── WorkflowTimeout         the run's own deadline has passed (also a TimeoutError)
+    ├── EventTimeout            no event came before the deadline of its wait (also a TimeoutError)
     ├── StepError
     │   ├── StepFailed          mixed into every exception that a step failed with
     │   ├── StepTimeout         one attempt took too long (also a TimeoutError)
@@ -156,6 +158,27 @@ class BudgetExceeded(AgentflowError):
         self.spent = spent
         self.needed = needed
         self.run_id = run_id
+
+
+class WorkflowTimeout(AgentflowError, TimeoutError):
+    """The run did not finish within its workflow's ``timeout``.
+
+    Attributes: ``run_id``; ``deadline`` (aware UTC), as recorded when the run began.
+    """
+
+    run_id: str = ""
+    deadline: datetime | None = None
+
+
+class EventTimeout(AgentflowError, TimeoutError):
+    """No event came before the recorded deadline of ``ctx.wait_for_event``.
+
+    Attributes: ``event`` (the names waited for); ``run_id``; ``deadline`` (aware UTC).
+    """
+
+    event: str = ""
+    run_id: str = ""
+    deadline: datetime | None = None
 
 
 class StepError(AgentflowError):

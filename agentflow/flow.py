@@ -27,6 +27,7 @@ from agentflow.errors import (
     BudgetExceeded,
     JournalError,
     RunBusy,
+    RunCancelled,
     RunNotFound,
     UsageError,
     Waiting,
@@ -74,6 +75,7 @@ class Workflow(Generic[P, T]):
             blocking=blocking or not inspect.iscoroutinefunction(fn),
             signature=inspect.Signature(parameters[1:]),
             options=options or opening.RunOptions(),
+            timeout=self.timeout,
         )
         self.__name__ = getattr(fn, "__name__", name)
         self.__doc__ = fn.__doc__
@@ -224,8 +226,15 @@ class Workflow(Generic[P, T]):
         journal = open_journal()
         return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
 
-    def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-        named = self._copy(replace(self._definition.options, run_id=document["id"], fresh=False))
+    @property
+    def blocking(self) -> bool:
+        """Whether its function is plain code."""
+        return self._definition.blocking
+
+    def again(self, document: dict[str, Any], rerun: tuple[str, ...] = ()) -> Coroutine[Any, Any, Any]:
+        """Go on with the run of this document, doing the steps anew whose ids are given."""
+        now = self._definition.options
+        named = self._copy(replace(now, run_id=document["id"], fresh=False, rerun=rerun or now.rerun))
         return named._run(codec.decode(document["input"]))
 
     async def _run(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
@@ -254,8 +263,10 @@ class Workflow(Generic[P, T]):
         except Suspend:
             raise closing.close_waiting(opened) from None
         except Exception as error:
-            if isinstance(error, JournalError):
+            if isinstance(error, JournalError) or ex.cancelled:
                 closing.give_up(opened)
+                if ex.cancelled and not isinstance(error, RunCancelled):
+                    raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
                 raise
             if (over := over_budget(error)) is not None:
                 closing.give_up(opened, over)
@@ -305,7 +316,7 @@ class Workflow(Generic[P, T]):
         context = Context(ex, single(opened.arguments), True)
         outer = here.set(ex.root)
         try:
-            result = closing.result(ex, self._body(context, opened.arguments))
+            result = closing.result(ex, closing.in_time(ex, lambda: self._body(context, opened.arguments)))
             if ex.suspended:
                 raise Suspend
         except Suspend:
@@ -314,8 +325,10 @@ class Workflow(Generic[P, T]):
         except Exception as error:
             if ex.suspended:
                 raise closing.close_waiting(opened) from None
-            if isinstance(error, JournalError):
+            if isinstance(error, JournalError) or ex.cancelled:
                 closing.give_up(opened)
+                if ex.cancelled and not isinstance(error, RunCancelled):
+                    raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
                 raise
             if (over := over_budget(error)) is not None:
                 closing.give_up(opened, over)
@@ -404,7 +417,10 @@ def workflow(
     Args:
         name: names the workflow in ids and listings. None: the function's name.
         execute: the function, in the form that is not a decorator.
-        timeout: not built yet; anything but None is refused.
+        timeout: seconds or a duration from the start of the run to its deadline, which is recorded: restarts and edits
+            do not move it, and time spent waiting counts. When it passes, what is in flight is stopped (a paid model
+            call is finished and recorded), nothing new starts, and the run fails with ``WorkflowTimeout``. A run that
+            has ended and is run again gets a new one. None: no limit.
         budget: dollars that the model calls of one run may cost in all its executions, such as "2.50". A call that
             could go beyond it is not sent: BudgetExceeded is raised, and the run goes on with a higher budget
             (``.options(budget="5.00").run(...)``). Runs started inside count too, replays not. None: no limit.
@@ -437,15 +453,21 @@ def define(
         raise UsageError(f"workflow(execute={fn!r}): give an async function of (ctx, ...).")
     if on_change not in ON_CHANGE:
         raise UsageError(f"on_change={on_change!r} is none of {', '.join(map(repr, ON_CHANGE))}.")
-    if timeout is not None:
-        raise UsageError("workflow(timeout=...) is not supported yet.")
-    limit = None if budget is None else budgets.amount(budget, "workflow(budget=...)")
+    most = None if budget is None else budgets.amount(budget, "workflow(budget=...)")
+    limit = seconds(timeout, what="workflow timeout")
+    if limit == 0:
+        raise UsageError("workflow(timeout=0) leaves no time at all. None waits without end.")
     if run_id is not None and not callable(run_id):
         raise UsageError("workflow(run_id=...): a function of the input, such as lambda order: order.id.")
     made: Workflow[..., Any] = (kind or Workflow)(
-        fn, name or str(getattr(fn, "__name__", "workflow")), budget=limit, on_change=on_change, run_id=run_id,
+        fn,
+        name or str(getattr(fn, "__name__", "workflow")),
+        timeout=limit,
+        budget=most,
+        on_change=on_change,
+        run_id=run_id,
         blocking=blocking,
-    )  # fmt: skip
+    )
     workflows[made.name] = made
     return made
 

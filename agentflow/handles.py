@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from collections.abc import Generator
 from decimal import Decimal
 from typing import Any
 
-from agentflow import codec, rundocs
+from agentflow import codec, control, rundocs
+from agentflow.blocking import run_coroutine
+from agentflow.calls import here
 from agentflow.context import view
-from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
+from agentflow.errors import AgentflowError, RunCancelled, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
 from agentflow.records import StepRecord, moment, money
 from agentflow.run import PlanStep
@@ -122,18 +126,75 @@ class Run:
             raise stored_error(self._document)
         if self.status == "waiting":
             raise waiting(self._document)
+        if self.status == "cancelled":
+            raise RunCancelled(f"run {self.id} was cancelled.")
         raise AgentflowError(f"run {self.id} is {self.status}: it has no result yet. Run it again to go on.")
 
-    def __await__(self) -> Generator[Any, Any, Any]:
+    def cancel(self, *, compensate: bool = False) -> Run:
+        """End the run, wherever it executes, and the runs that its body has started; open tasks are withdrawn.
+
+        From here on nothing more is committed for it: a process that executes it is refused, and stops at its next
+        commit or sign of life. A model call in flight is paid for, and its answer is not kept.
+
+        Args:
+            compensate: undo its steps that have a ``compensate=``, in reverse order, before it counts as cancelled. Its
+                workflow has to be defined in this program; otherwise that is done when it is next run.
+
+        Returns:
+            The cancelled run; awaiting it gives it at once.
+
+        Raises:
+            UsageError: it has completed or failed.
+        """
+        self._document = control.cancel(self._journal, self.id, compensate=compensate)
+        if compensate and self._workflow is not None and self.status != "cancelled":
+            with contextlib.suppress(RunCancelled):
+                context = contextvars.copy_context()
+                context.run(here.set, None)
+                context.run(run_coroutine, self._workflow.again(self._document))
+        return _Cancelled(self._journal, rundocs.find(self._journal, self.id), self._workflow)
+
+    def retry(self, *, from_step: str | None = None) -> Any:
+        """Go on with the run and give its result: ``await run.retry(from_step="draft")``; in plain code without await.
+
+        Args:
+            from_step: a step's name or id: its record and those of all steps that were started after it are dropped,
+                and done anew where the code asks for them. Of several of that name the first counts. None: as
+                ``await run``, what is recorded stays, and a failed step is tried again.
+
+        Raises:
+            UsageError: there is no such step, or the workflow is not defined in this program.
+        """
+        rerun: tuple[str, ...] = ()
+        if from_step is not None:
+            rows = rundocs.rows(self._journal, self.id, undone=True)
+            first = next((row for row in rows if from_step in (row.head["name"], row.head["occ"])), None)
+            if first is None:
+                names = ", ".join(dict.fromkeys(repr(row.head["name"]) for row in rows)) or "none"
+                raise UsageError(f"retry(from_step={from_step!r}): run {self.id} has no such step. It has: {names}.")
+            rerun = tuple(row.head["occ"] for row in rows if row.head["s0"] >= first.head["s0"] and not row.undone)
+        resumed = self._code().again(rundocs.find(self._journal, self.id), rerun)
+        return run_coroutine(resumed) if self._code().blocking else resumed
+
+    def _code(self) -> Any:
         if self._workflow is None:
             raise UsageError(
                 f"run {self.id}: its workflow {self.workflow!r} is not defined in this program; import it first."
             )
-        resumed: Generator[Any, Any, Any] = self._workflow.again(self._document).__await__()
+        return self._workflow
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        resumed: Generator[Any, Any, Any] = self._code().again(self._document).__await__()
         return resumed
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.status}>"
+
+
+class _Cancelled(Run):
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self
+        yield  # a generator, which gives the run at once
 
 
 def single(arguments: dict[str, Any]) -> Any:
@@ -165,6 +226,9 @@ def waiting(document: dict[str, Any]) -> Waiting:
             lines.append(f"task {wait['id']} ({wait['title'] or wait['type']}, for {who}): {answer}")
         elif wait["kind"] == "batch":
             lines.append(f"batch {wait['id']} ({wait['requests']} requests to {wait['model']}, {wait['status']})")
+        elif "command" in wait:
+            end = f" until {moment(wait['deadline']):%Y-%m-%d %H:%M:%S} UTC" if wait.get("deadline") else ""
+            lines.append(f"{wait['kind']} {wait['name']!r}{end}: {wait['command']}")
         else:
             lines.append(f"{wait['kind']} until {moment(wait['until'])}" if "until" in wait else wait["kind"])
     return Waiting(f"run {run_id} waits for {'; '.join(lines)}. Run it again afterwards.", run_id, waits)

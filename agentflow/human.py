@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec
+from agentflow import codec, taskdocs
 from agentflow import schema as schema_
 from agentflow.calls import PLAIN, Call, enclosing, here
 from agentflow.capture import data_digest, data_text
@@ -25,13 +25,11 @@ from agentflow.errors import (
     TaskRejected,
     UsageError,
 )
-from agentflow.index import NS, short
+from agentflow.index import NS, in_key, short
 from agentflow.journal import Drop, Journal, Put
-from agentflow.records import Decision, HumanTask, moment
+from agentflow.records import UNSET, Decision, Escalate, HumanTask, moment
 from agentflow.run import Execution
 from agentflow.settings import log, settings
-
-UNSET: Any = object()
 
 # The schema types of open tasks that this process asks for, by journal and task: answers given here are read with them.
 _types: dict[tuple[str, str], Any] = {}
@@ -46,6 +44,7 @@ def human_call(
     schema: Any,
     timeout: Duration | None,
     on_timeout: Any,
+    remind: Duration | None = None,
     *,
     key: str | None = None,
 ) -> Call:
@@ -63,6 +62,10 @@ def human_call(
     if title is not None and not isinstance(title, str):
         raise UsageError(f"human_task(title={title!r}) is not text.")
     limit = seconds(timeout, what="timeout")
+    if isinstance(on_timeout, Escalate) and limit is None:
+        raise UsageError("human_task(on_timeout=Escalate(...)) needs a timeout= that can be over.")
+    if (every := seconds(remind, what="remind")) == 0:
+        raise UsageError('human_task(remind=0): how often, such as "1d". None reminds nobody.')
     place = here.get()
     if place is None or place.ex.scratch:
         raise UsageError(
@@ -85,6 +88,8 @@ def human_call(
         "schema": form,
         "data": shown,
         "digest": data_digest(data),
+        "escalate": taskdocs.ladder(on_timeout),
+        "remind": every,
     }
     call.wait = lambda: _wait(call, facts, limit, schema=schema, keyed=key is not None)
     call.finish = lambda outcome: _outcome(call, outcome, schema, on_timeout)
@@ -107,10 +112,12 @@ def task_id(call: Call, again: int = 0) -> str:
     return "t-" + short(f"{call.ex.run_id}/{slot.id}.{slot.n + 1}" + (f"~{again}" if again else ""), 10)
 
 
-def command(ident: str, form: dict[str, Any] | None) -> str:
+def command(ident: str, form: dict[str, Any] | None, kind: str = "") -> str:
     """What to type to answer a task."""
-    if form is None:
+    if form is None and kind != "input":
         return f"agentflow tasks approve {ident}"
+    if form is None:
+        return f"agentflow tasks answer {ident} '...'"
     return f"agentflow tasks answer {ident} {shlex.quote(schema_.sketch(form))}"
 
 
@@ -135,7 +142,7 @@ def _wait(
         "title": facts["title"],
         "assign_to": facts["assign_to"],
         "deadline": found["deadline"],
-        "command": command(ident, facts["schema"]),
+        "command": command(ident, facts["schema"], facts["type"]),
     }
     if schema is not None:
         _types[ex.journal.id, ident] = schema
@@ -143,22 +150,53 @@ def _wait(
             _types.pop(next(iter(_types)), None)
 
     def check() -> Any:
-        document = read(ex, ident)
+        document = _tended(ex, ident)
         if document is not None and document["outcome"] is not None:
             if schema is None or (why := _unfit(document["outcome"], schema)) is None:
                 _types.pop((ex.journal.id, ident), None)
                 return document["outcome"]
             document = _reopen(call, document, why)
-        if document is not None and document["deadline"] is not None and ex.clock() >= document["deadline"]:
-            return expire(ex, ident)
+        if document is not None:
+            info.update({name: document[name] for name in ("assign_to", "deadline")})
+            if document.get("remind_at") is not None:
+                info["remind_at"] = document["remind_at"]
+            wait.due = document["deadline"]
+            # Withdrawn: the run was cancelled, which its lease tells.
+            if wait.due is not None and ex.clock() >= wait.due and document["status"] == "open":
+                return expire(ex, ident)
         return PENDING
 
-    return Wait(check, info, found["deadline"])
+    wait = Wait(check, info, found["deadline"])
+    return wait
 
 
 def read(ex: Execution, ident: str) -> dict[str, Any] | None:
     text = ex.journal.get(f"h/{ident}")
     return None if text is None else dict(orjson.loads(text))
+
+
+def _tended(ex: Execution, ident: str) -> dict[str, Any] | None:
+    """The task as it stands now; what its time has brought is recorded and told."""
+    document = read(ex, ident)
+    if document is None or taskdocs.reminded(taskdocs.escalated(document, ex.clock()), ex.clock()) is document:
+        return document
+
+    def tend(txn: Any) -> tuple[dict[str, Any], list[str]]:
+        if ex.fence is not None:
+            txn.check(ex.fence)
+        before = orjson.loads(txn.get(f"h/{ident}"))
+        after = taskdocs.reminded(taskdocs.escalated(before, ex.clock()), ex.clock())
+        if after is not before:
+            txn.put(f"h/{ident}", orjson.dumps(after).decode())
+        return after, [entry["what"] for entry in after.get("trail", ())[len(before.get("trail", ())) :]]
+
+    document, news = ex.journal.guarded(tend)
+    for what in dict.fromkeys(news):
+        names = document["assign_to"]
+        who = names if isinstance(names, str) else ", ".join(names or ()) or "anybody"
+        ex.say(f"{document['title'] or document['type']}: task {ident} {what} ({who})")
+        _notify(document, what)
+    return document
 
 
 def _open(call: Call, ident: str, facts: dict[str, Any], limit: float | None) -> dict[str, Any]:
@@ -175,6 +213,10 @@ def _open(call: Call, ident: str, facts: dict[str, Any], limit: float | None) ->
         "outcome": None,
         **facts,
     }
+    document["remind_at"] = None if facts.get("remind") is None else now + facts["remind"]
+    earlier = read(ex, ident)  # withdrawn before: what happened to it then stays in the trail
+    document["trail"] = list(earlier.get("trail", ())) if earlier else []
+    document = taskdocs.noted(document, "opened", now, assign_to=facts["assign_to"], digest=facts["digest"])
     ex.journal.commit(
         [
             Put(f"h/{ident}", orjson.dumps(document).decode()),
@@ -184,14 +226,14 @@ def _open(call: Call, ident: str, facts: dict[str, Any], limit: float | None) ->
         ],
         fence=ex.fence,
     )
-    _notify(document)
+    _notify(document, "opened")
     return document
 
 
-def _notify(document: dict[str, Any]) -> None:
+def _notify(document: dict[str, Any], event: str) -> None:
     if settings.notify is not None:
         try:
-            settings.notify(task_of(document))
+            settings.notify(task_of(document, event))
         except Exception:  # a notifier that fails must not lose the task, which is open and listed
             log.exception("configure(notify=...) failed for task %s", document["id"])
 
@@ -217,6 +259,7 @@ def _reopen(call: Call, refused: dict[str, Any], why: str) -> dict[str, Any]:
             return None
         document["refused"] = [*document.get("refused", ()), outcome | {"why": why}]
         document |= {"status": "open", "outcome": None}
+        document = taskdocs.noted(document, "reopened", ex.clock(), by=outcome.get("by"), why=why)
         txn.put(f"h/{document['id']}", orjson.dumps(document).decode())
         txn.put(open_key(document), document["id"])
         return document
@@ -226,7 +269,7 @@ def _reopen(call: Call, refused: dict[str, Any], why: str) -> dict[str, Any]:
         return refused | {"deadline": None}  # looked at again in a moment
     by = outcome.get("by") or "somebody"
     ex.warn(f"{call.name}: the answer by {by} to task {refused['id']} does not fit, so the task is open again: {why}")
-    _notify(document)
+    _notify(document, "reopened")
     return document
 
 
@@ -284,9 +327,12 @@ def expire(ex: Execution, ident: str) -> dict[str, Any]:
     """Close a task whose deadline has passed, unless a decision came first."""
 
     def close(txn: Any) -> dict[str, Any]:
+        if ex.fence is not None:
+            txn.check(ex.fence)
         document = orjson.loads(txn.get(f"h/{ident}"))
         if document["status"] == "open":
-            document |= {"status": "expired", "outcome": {"expired": True, "deadline": document["deadline"]}}
+            document = taskdocs.closed(document, "expired", document["deadline"])
+            document["outcome"] = {"expired": True, "deadline": document["deadline"]}
             txn.put(f"h/{ident}", orjson.dumps(document).decode())
             txn.drop(open_key(document))
         return dict(document["outcome"])
@@ -294,25 +340,42 @@ def expire(ex: Execution, ident: str) -> dict[str, Any]:
     return ex.journal.guarded(close)
 
 
-def withdraw(ex: Execution) -> list[Any]:
-    """Operations that withdraw the run's open tasks which its code does not ask for any more."""
+def withdraw(ex: Execution, status: str) -> list[Any]:
+    """Operations that withdraw the run's open tasks which its code does not ask for any more; all, once it is over."""
     ops: list[Any] = []
     for key, _ in ex.journal.scan(f"ht/{ex.key}/"):
         ident = key.rpartition("/")[2]
-        if ident in ex.asked_tasks:
+        if ident in ex.asked_tasks and status not in ("completed", "cancelled"):
             continue
         document = read(ex, ident)
         if document is not None and document["status"] == "open":
             ops += [
-                Put(f"h/{ident}", orjson.dumps(document | {"status": "withdrawn"}).decode()),
+                Put(f"h/{ident}", orjson.dumps(taskdocs.closed(document, "withdrawn", ex.clock())).decode()),
                 Drop(open_key(document)),
             ]
+    return ops
+
+
+def withdrawn(journal: Journal, run_id: str, at: float) -> list[Any]:
+    """Operations that withdraw all open tasks of a run that is cancelled."""
+    ops: list[Any] = []
+    for key, _ in journal.scan(f"ht/{in_key(run_id)}/"):
+        document = orjson.loads(journal.get(f"h/{key.rpartition('/')[2]}") or "{}")
+        if document.get("status") == "open":
+            gone = taskdocs.closed(document, "withdrawn", at)
+            ops += [Put(f"h/{document['id']}", orjson.dumps(gone).decode()), Drop(open_key(document))]
     return ops
 
 
 def _outcome(call: Call, outcome: dict[str, Any], schema: Any, on_timeout: Any) -> Any:
     """What the workflow gets for a recorded outcome, the first time and on replay."""
     if outcome.get("expired"):
+        while isinstance(on_timeout, Escalate):
+            on_timeout = on_timeout.on_timeout
+        if isinstance(on_timeout, BaseException) or (
+            isinstance(on_timeout, type) and issubclass(on_timeout, BaseException)
+        ):
+            raise on_timeout
         if on_timeout is not UNSET:
             return on_timeout
         error = HumanTaskExpired(
@@ -346,7 +409,7 @@ def decision_of(outcome: dict[str, Any], read: Callable[[str], Any] = codec.deco
     )
 
 
-def task_of(document: dict[str, Any]) -> HumanTask:
+def task_of(document: dict[str, Any], event: str | None = None) -> HumanTask:
     """The task as people see it."""
     outcome = document["outcome"]
     return HumanTask(
@@ -362,6 +425,9 @@ def task_of(document: dict[str, Any]) -> HumanTask:
         deadline=moment(document["deadline"]),
         schema=document["schema"],
         decision=decision_of(outcome, codec.look) if outcome and not outcome.get("expired") else None,
+        digest=document["digest"],
+        trail=tuple(entry | {"at": moment(entry["at"])} for entry in document.get("trail", ())),
+        event=event,
         extra={
             "step": document["step"],
             "digest": document["digest"],
@@ -414,6 +480,8 @@ def answered(
 ) -> dict[str, Any]:
     """What an answer changes in a task's document. Raises if the data cannot be recorded or does not fit the schema."""
     form = document["schema"]
+    if form is not None and approved:
+        data = _edited(document, data)
     if form is not None and approved and data is UNSET:
         raise UsageError(
             f"task {document['id']} asks for data: tasks.answer({document['id']!r}, {{...}}, by=...) or "
@@ -427,7 +495,24 @@ def answered(
     if form is not None and approved:
         _check_form(journal, document, data, text)
     status = "rejected" if not approved else ("answered" if text is not None else "approved")
-    return {"status": status, "outcome": {"approved": approved, "by": by, "at": at, "comment": comment, "data": text}}
+    outcome = {"approved": approved, "by": by, "at": at, "comment": comment, "data": text}
+    return {"status": status, "outcome": outcome | {"digest": document["digest"]}}
+
+
+def _edited(document: dict[str, Any], data: Any) -> Any:
+    """An answer to a task whose data is a form filled in already: what the person changed, over what was shown."""
+    form = document["schema"]
+    if "properties" not in form or not (data is UNSET or isinstance(data, dict)):
+        return data
+    try:
+        shown = schema_.plain(codec.look(document["data"]))
+    except UsageError:  # no plain form: not a form that was filled in
+        return data
+    if not isinstance(shown, dict) or not shown or not set(shown) <= set(form["properties"]):
+        return data
+    if schema_.misfit(shown, form) is not None:
+        return data
+    return shown if data is UNSET else shown | data
 
 
 def _check_form(journal: Journal, document: dict[str, Any], data: Any, text: str | None) -> None:

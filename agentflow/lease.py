@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -157,9 +157,10 @@ class Lease:
         key: the lease's row.
         token: its fencing token, higher than all before it.
         lost: True once it is known that another process took over.
+        on_lost: called, in whatever thread, when that becomes known; None calls nothing.
     """
 
-    __slots__ = ("_journal", "_row", "key", "lost", "token")
+    __slots__ = ("_journal", "_row", "key", "lost", "on_lost", "token")
 
     def __init__(self, journal: Journal, key: str, row: Owner) -> None:
         self._journal = journal
@@ -167,6 +168,7 @@ class Lease:
         self.key = key
         self.token = row.token
         self.lost = False
+        self.on_lost: Callable[[], object] | None = None
 
     @property
     def fence(self) -> Fence:
@@ -212,6 +214,19 @@ class Lease:
         values = {name: getattr(self._row, name) for name in Owner.__slots__}
         txn.put(self.key, _dump(Owner(**{**values, "expires": expires})))
         return True
+
+
+def revoke(txn: Txn, key: str) -> None:
+    """Take a lease away from whoever holds it: its commits are refused from here on."""
+    before = _load(txn.get(key))
+    at = time.time()
+    token = 1 if before is None else before.token + 1
+    txn.put(key, _dump(Owner(token, *_myself()[:-1], owner="", since=at, expires=at, released=True)))
+
+
+def lost(journal: Journal, key: str) -> None:
+    """Tell a holder in this process that its lease was revoked; others notice at their next sign of life."""
+    _heart(journal).forget_all(key)
 
 
 def acquire(
@@ -304,6 +319,18 @@ class _Heart:
         with self._lock:
             self._held.pop((lease.key, lease.token), None)
 
+    def forget_all(self, key: str) -> None:
+        with self._lock:
+            gone = [lease for (name, _), lease in self._held.items() if name == key]
+        for lease in gone:
+            self._lose(lease)
+
+    def _lose(self, lease: Lease) -> None:
+        lease.lost = True
+        self.forget(lease)
+        if lease.on_lost is not None:
+            lease.on_lost()
+
     def _beat(self) -> None:
         while True:
             time.sleep(lease_seconds() / 3)
@@ -324,8 +351,7 @@ class _Heart:
             return
         for lease, is_kept in zip(held, kept, strict=True):
             if not is_kept:
-                lease.lost = True
-                self.forget(lease)
+                self._lose(lease)
 
 
 _hearts: weakref.WeakKeyDictionary[Journal, _Heart] = weakref.WeakKeyDictionary()

@@ -14,6 +14,7 @@ from typing import Any
 
 from agentflow import codec, human, rundocs, typecheck
 from agentflow.budgets import RunBudget
+from agentflow.calls import Suspend, here
 from agentflow.capture import data_digest
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
@@ -27,7 +28,7 @@ from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log, settings
+from agentflow.settings import log, now, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Definition:
     blocking: bool
     signature: inspect.Signature
     options: RunOptions
+    timeout: float | None = None
 
 
 class Opened:
@@ -117,6 +119,11 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
     elif flow.options.rerun:
         raise UsageError(f"rerun={list(flow.options.rerun)}: there is no run {run_id} of this input yet.")
     new = document is None
+    place = here.get()
+    parent = place.ex if place is not None and not place.ex.scratch else None
+    ended = document is not None and document["status"] in ("completed", "cancelled")
+    if parent is not None and not ended and parent.overdue():
+        raise Suspend
     ops: list[Any] = []
     if document is None:
         document = {
@@ -128,9 +135,12 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
         }
         document |= {"input": text, "code": code_digest(flow), "status": None}
         note_budget(flow, document)
+        set_deadline(flow, document, None)
         ops = rundocs.write(document, "running")
         own = f"={in_key(named(flow, arguments))}" if flow.run_id or flow.options.run_id else document["digest"]
         ops.append(Put(f"p/{in_key(flow.name)}/{own}", run_id))
+        if parent is not None:
+            ops.append(Put(f"ch/{parent.key}/{in_key(run_id)}", run_id))
     lease = acquire(
         journal,
         rundocs.lease_key(run_id),
@@ -210,13 +220,24 @@ def take_up(
         if prior == "interrupted":
             document.pop("error", None)
         note_budget(flow, document)
+        set_deadline(flow, document, prior)
         ops += rundocs.write(document, "running")
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
     ex.fence, ex.lease = lease.fence, lease
+    ex.deadline = document.get("deadline")
+    ex.cancelling = bool(document.get("cancelling"))
     if prior is not None:
         ex.load_marks()
     return Opened(flow, ex, document, lease, arguments)
+
+
+def set_deadline(flow: Definition, document: dict[str, Any], prior: str | None) -> None:
+    """The recorded deadline holds until the run has ended; one that is run again after that gets a new one."""
+    if flow.timeout is None:
+        document.pop("deadline", None)
+    elif document.get("deadline") is None or (prior in ("completed", "failed") and not document.get("undoing")):
+        document["deadline"] = now() + flow.timeout
 
 
 def execution(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -158,9 +158,42 @@ class StepRecord:
         return (self.completed_at - self.started_at).total_seconds()
 
 
+UNSET: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Escalate:
+    """``human_task(on_timeout=Escalate("director", timeout="1d"))``: if nobody answers in time, somebody else is asked.
+
+    The task stays the same one, with a new assignee and a deadline counted from the end of the first.
+
+    Args:
+        assign_to: whom it is for then, a name or a list of names.
+        timeout: how long they have, seconds or a duration. None: no end.
+        on_timeout: what follows then: a value, an exception, another ``Escalate``; not given: ``HumanTaskExpired``.
+    """
+
+    assign_to: str | Sequence[str]
+    timeout: Duration | None = None
+    on_timeout: Any = UNSET
+
+    def __post_init__(self) -> None:
+        names = [self.assign_to] if isinstance(self.assign_to, str) else self.assign_to
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) and n for n in names):
+            raise UsageError(f"Escalate({self.assign_to!r}): a name or a list of names.")
+        object.__setattr__(self, "timeout", seconds(self.timeout, what="Escalate(timeout)"))
+        if isinstance(self.on_timeout, Escalate) and self.timeout is None:
+            raise UsageError("Escalate(on_timeout=Escalate(...)) needs a timeout= that can be over.")
+
+
 @dataclass(frozen=True, slots=True)
 class HumanTask:
-    """A question to a person: open, or decided (approved, rejected, answered, expired, withdrawn)."""
+    """A question to a person: open, or decided (approved, rejected, answered, expired, withdrawn).
+
+    Attributes: ``digest`` (of exactly the data that is shown; an answer holds for that); ``trail`` (what happened to
+    it, oldest first: dicts with ``at``, ``what`` and, where it applies, ``by``, ``comment``, ``assign_to`` and
+    ``digest``); ``event`` (for ``configure(notify=)``: opened, reminded, escalated or reopened; else None).
+    """
 
     id: str
     run_id: str
@@ -174,6 +207,9 @@ class HumanTask:
     deadline: datetime | None = None
     schema: dict[str, Any] | None = None
     decision: Decision | None = None
+    digest: str = ""
+    trail: tuple[dict[str, Any], ...] = ()
+    event: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 

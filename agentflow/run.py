@@ -21,11 +21,12 @@ import orjson
 from agentflow import codec, costs, sending
 from agentflow.budgets import RunBudget
 from agentflow.calls import Call, Current, Here, current_task, here
-from agentflow.errors import LeaseLost, StepFailed
+from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeout
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
-from agentflow.settings import log, settings
+from agentflow.records import moment
+from agentflow.settings import log, now
 from agentflow.tokens import Count
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
@@ -105,6 +106,10 @@ class Execution:
     suspended: bool = False
     closed: bool = False
     stopping: bool = False
+    deadline: float | None = None
+    timed_out: bool = False
+    cancelling: bool = False
+    cancelled: bool = False
     ask: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
@@ -669,7 +674,24 @@ class Execution:
     # -- facts about the moment --------------------------------------------------------------
 
     def clock(self) -> float:
-        return settings.clock() if settings.clock else time.time()
+        return now()
+
+    def overdue(self) -> bool:
+        """Whether the run's deadline has passed: from then on no step starts that is not recorded."""
+        if not self.timed_out and not self.suspended:
+            self.timed_out = self.cancelling or (self.deadline is not None and self.clock() >= self.deadline)
+        return self.timed_out
+
+    def too_late(self) -> WorkflowTimeout | RunCancelled:
+        if self.cancelling:
+            return RunCancelled(f"run {self.run_id} was cancelled.")
+        when = moment(self.deadline)
+        error = WorkflowTimeout(
+            f"run {self.run_id} did not finish before its deadline, {when:%Y-%m-%d %H:%M:%S} UTC (the workflow's "
+            "timeout, recorded when the run began). What was finished is kept; run again, it goes on with a new one."
+        )
+        error.run_id, error.deadline = self.run_id, when
+        return error
 
     def model(self) -> str:
         from agentflow.providers import default_model

@@ -21,6 +21,16 @@ def list(*, status: str | None = None, workflow: str | None = None, limit: int |
     return [Run(journal, d) for d in rundocs.listed(journal, status=status, workflow=workflow, limit=limit)]
 
 
+def cancel(run_id: str, *, compensate: bool = False) -> Run:
+    """End a run wherever it executes, and the runs that its body has started; see ``Run.cancel``.
+
+    Raises:
+        RunNotFound: there is none, or more than one.
+        UsageError: it has completed or failed.
+    """
+    return get(run_id).cancel(compensate=compensate)
+
+
 def get(run_id: str) -> Run:
     """One run, by its id or by an unambiguous beginning or end of it.
 

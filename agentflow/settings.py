@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ settings = Settings()
 _UNSET: Any = object()
 
 
+def now() -> float:
+    """Seconds since 1970, as recorded instants are compared with: the wall's clock, or a test's."""
+    return settings.clock() if settings.clock else time.time()
+
+
 def configure(
     *,
     path: str | os.PathLike[str] | None = _UNSET,
@@ -60,7 +66,7 @@ def configure(
     Args:
         path: the journal's directory. Default: ``AGENTFLOW_PATH``, else ``.agentflow`` at the project root.
         model: the model of calls that name none, such as ``"openai:gpt-4o-mini"``. Default: ``AGENTFLOW_MODEL``.
-        notify: called with each new ``HumanTask``.
+        notify: called with a ``HumanTask`` that is new, or of which people are reminded; its ``event`` says which.
         authorize: called with a task and the name given as ``by``; False refuses the answer.
         redact: patterns (or a function of text) masked in everything that leaves the journal, besides known keys.
         budget: dollars that all model calls in the journal may cost within a period, scratch included: "5/day", or

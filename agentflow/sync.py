@@ -28,10 +28,11 @@ from agentflow.context import Context
 from agentflow.drive import branch_label
 from agentflow.durations import Duration, seconds
 from agentflow.errors import BudgetExceeded, StepTimeout, UsageError
+from agentflow.events import send_event
 from agentflow.handles import Run
 from agentflow.models import Reply
 from agentflow.prompts import Prompt, load_prompt
-from agentflow.records import Decision, Retry
+from agentflow.records import UNSET, Decision, Escalate, Retry
 from agentflow.settings import configure
 from agentflow.tools import tool
 from agentflow.workers import threads
@@ -81,10 +82,11 @@ def human_task(
     title: str | None = None,
     schema: Any = None,
     timeout: Duration | None = None,
-    on_timeout: Any = human.UNSET,
+    on_timeout: Any = UNSET,
+    remind: Duration | None = None,
 ) -> Any:
     """``agentflow.human_task`` for plain code."""
-    return drive_blocking(human.human_call(type, assign_to, data, title, schema, timeout, on_timeout))
+    return drive_blocking(human.human_call(type, assign_to, data, title, schema, timeout, on_timeout, remind))
 
 
 humanTask = human_task
@@ -107,10 +109,17 @@ class Workflow(flow.Workflow[..., Any]):
 
 
 def workflow(
-    name: Any = None, *, execute: Any = None, budget: Any = None, on_change: str = "auto", run_id: Any = None
+    name: Any = None,
+    *,
+    execute: Any = None,
+    timeout: Duration | None = None,
+    budget: Any = None,
+    on_change: str = "auto",
+    run_id: Any = None,
 ) -> Any:
-    """``agentflow.workflow`` for plain ``def`` functions."""
-    options = {"budget": budget, "on_change": on_change, "run_id": run_id, "blocking": True, "kind": Workflow}
+    """``agentflow.workflow`` for plain ``def`` functions. After its ``timeout`` the function ends at its next step."""
+    options = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
+    options |= {"blocking": True, "kind": Workflow}
     if callable(name):
         return flow.define(name, None, **options)
     if execute is not None:
@@ -221,7 +230,7 @@ def _fan_out(
 parallel = _Parallel()
 
 __all__ = [
-    "Context", "Decision", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
+    "Context", "Decision", "Escalate", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
     "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
-    "step", "tasks", "tool", "workflow",
+    "send_event", "step", "tasks", "tool", "workflow",
 ]  # fmt: skip

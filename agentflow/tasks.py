@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import builtins
-import time
 from typing import Any
 
 import orjson
 
-from agentflow import human
+from agentflow import human, taskdocs
 from agentflow.durations import words
 from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
-from agentflow.records import HumanTask, moment
+from agentflow.records import UNSET, HumanTask, moment
 from agentflow.scratch import open_journal
-from agentflow.settings import settings
+from agentflow.settings import now, settings
 
 STATUSES = ("open", "approved", "rejected", "answered", "expired", "withdrawn")
 
 
 def list(
-    *, status: str | None = "open", run_id: str | None = None, limit: int | None = None
+    *,
+    status: str | None = "open",
+    run_id: str | None = None,
+    assign_to: str | None = None,
+    limit: int | None = None,
 ) -> builtins.list[HumanTask]:
     """Tasks, oldest first.
 
     Args:
         status: open, approved, rejected, answered, expired or withdrawn; None: all.
         run_id: only those of one run.
+        assign_to: only those that are for this person now. None: for whomever.
         limit: at most so many. None: all.
     """
     if status is not None and status not in STATUSES:
         raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
-    journal = open_journal()
+    journal, moment_ = open_journal(), now()
     found = []
     if status == "open":
         documents = (journal.get(f"h/{ident}") for _, ident in journal.scan("xt/open/"))
@@ -43,6 +47,10 @@ def list(
             continue
         if run_id is not None and document["run_id"] != run_id:
             continue
+        document = taskdocs.escalated(document, moment_)
+        names = document["assign_to"]
+        if assign_to is not None and assign_to not in ([names] if isinstance(names, str) else names or ()):
+            continue
         found.append(human.task_of(document))
     found.sort(key=lambda task: (task.created_at, task.id))
     return found[:limit]
@@ -50,7 +58,7 @@ def list(
 
 def get(task_id: str) -> HumanTask:
     """One task, by its id or by an unambiguous beginning of it."""
-    return human.task_of(_find(open_journal(), task_id))
+    return human.task_of(taskdocs.escalated(_find(open_journal(), task_id), now()))
 
 
 def approve(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
@@ -65,18 +73,20 @@ def approve(task_id: str, *, by: str | None = None, comment: str | None = None) 
         TaskClosed: decided, expired or withdrawn already; the message says by whom.
         TaskNotFound: no such task.
     """
-    return _decide(task_id, True, by, comment, human.UNSET)
+    return _decide(task_id, True, by, comment, UNSET)
 
 
 def reject(task_id: str, *, by: str | None = None, comment: str | None = None) -> HumanTask:
     """Reject what the task shows; as ``approve``."""
-    return _decide(task_id, False, by, comment, human.UNSET)
+    return _decide(task_id, False, by, comment, UNSET)
 
 
 def answer(task_id: str, data: Any, by: str | None = None, comment: str | None = None) -> HumanTask:
     """Answer with data, which is checked here; as ``approve``.
 
-    The schema's type checks it where this process has asked the question, elsewhere its JSON schema does.
+    The schema's type checks it where this process has asked the question, elsewhere its JSON schema does. Where the
+    data shown is itself such a form, filled in, the fields given here replace those shown, and ``approve`` takes it as
+    it is.
     """
     return _decide(task_id, True, by, comment, data)
 
@@ -101,19 +111,19 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
         if value is not None and not isinstance(value, str):
             raise UsageError(f"{name}={value!r} is not text.")
     journal = open_journal()
-    found = _find(journal, task_id)
+    at = now()
+    found = taskdocs.escalated(_find(journal, task_id), at)
     if settings.authorize is not None and not settings.authorize(human.task_of(found), by):
         raise _closed(found, f"{by or 'nobody named'} may not decide task {found['id']}.")
-    now = settings.clock() if settings.clock else time.time()
-
-    _refuse_closed(found, now)
+    _refuse_closed(found, at)
     # Before the transaction, which everybody's commits wait for: the schema's own validators run here.
-    answered = human.answered(journal, found, approved, by, now, comment, data)
+    answered = human.answered(journal, found, approved, by, at, comment, data)
 
     def decide(txn: Any) -> dict[str, Any]:
-        document = orjson.loads(txn.get(f"h/{found['id']}"))
-        _refuse_closed(document, now)
-        decided: dict[str, Any] = document | answered
+        document = taskdocs.escalated(orjson.loads(txn.get(f"h/{found['id']}")), at)
+        _refuse_closed(document, at)
+        more = {"by": by, "comment": comment, "digest": document["digest"]}
+        decided: dict[str, Any] = taskdocs.noted(document | answered, answered["status"], at, **more)
         txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
         txn.drop(human.open_key(document))
         return decided
@@ -121,11 +131,11 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
     return human.task_of(journal.guarded(decide))
 
 
-def _refuse_closed(document: dict[str, Any], now: float) -> None:
-    if document["status"] == "open" and document["deadline"] is not None and now >= document["deadline"]:
+def _refuse_closed(document: dict[str, Any], at: float) -> None:
+    if document["status"] == "open" and document["deadline"] is not None and at >= document["deadline"]:
         raise _closed(
             document,
-            f"task {document['id']} expired {words(now - document['deadline'])} ago: its deadline has passed.",
+            f"task {document['id']} expired {words(at - document['deadline'])} ago: its deadline has passed.",
         )
     if document["status"] != "open":
         raise _closed(document, _why_closed(document))

@@ -1,4 +1,4 @@
-"""A model for tests: scripted replies in the providers' own JSON, answered below the real SDKs."""
+"""For tests: a model with scripted replies in the providers' own JSON, answered below the real SDKs, and a clock."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import asyncio
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
 from agentflow import schema
 from agentflow.batchserver import EXPIRED, BatchServer
+from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
 from agentflow.providers.common import asking, digest, use_transport
+from agentflow.settings import settings
 
-__all__ = ["FakeModel", "ToolCall", "reply_body", "request_of", "sse"]
+__all__ = ["Clock", "FakeModel", "ToolCall", "reply_body", "request_of", "sse"]
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
@@ -58,6 +62,44 @@ class ToolCall:
 
     def __repr__(self) -> str:
         return f"ToolCall({self.name!r}, {self.arguments!r})"
+
+
+class Clock:
+    """Time that passes only when a test says so, while it is entered: sleeps, deadlines and timeouts of runs read it.
+
+    Args:
+        start: where it begins; None: now.
+
+    >>> with Clock(datetime(2026, 3, 1, tzinfo=UTC)) as clock:
+    ...     clock.advance("30d")
+    >>> clock.now
+    datetime.datetime(2026, 3, 31, 0, 0, tzinfo=datetime.timezone.utc)
+    """
+
+    def __init__(self, start: datetime | None = None) -> None:
+        self._seconds = time.time() if start is None else start.timestamp()
+        self._before: Any = None
+
+    @property
+    def now(self) -> datetime:
+        """The time it shows, aware UTC."""
+        return datetime.fromtimestamp(self._seconds, UTC)
+
+    def __call__(self) -> float:
+        return self._seconds
+
+    def advance(self, duration: Duration) -> None:
+        """Let time pass: seconds, or a duration such as ``"30d"``."""
+        self._seconds += seconds(duration, what="advance") or 0.0
+
+    def __enter__(self) -> Clock:
+        self._before, settings.clock = settings.clock, self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        settings.clock = self._before
 
 
 class FakeModel:

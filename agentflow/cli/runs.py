@@ -72,6 +72,23 @@ def show(run_id: Annotated[str, typer.Argument(metavar="RUN")], json: JSON = Fal
             output.console().print(output.cell(f"{each.name}: {each.error}", "red"))
 
 
+@app.command()
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN")],
+    compensate: Annotated[bool, typer.Option("--compensate", help="Undo its steps when it is next run.")] = False,
+    json: JSON = False,
+) -> None:
+    """End a run wherever it executes, and the runs it has started. Its open tasks are withdrawn."""
+    if not output.has_journal():
+        raise RunNotFound(f"no run {run_id!r}.")
+    run = runs.cancel(run_id, compensate=compensate)
+    if json:
+        return output.data(summary(run))
+    output.console().print(output.cell(f"{run.id} {run.status}"))
+    if run.status != "cancelled":
+        output.words("Its compensations run, and it is cancelled, when its program runs it again.")
+
+
 def _row(record: StepRecord) -> tuple[Any, ...]:
     took = record.duration
     return (
@@ -90,12 +107,14 @@ def waits(wait: dict[str, Any]) -> str:
         return f"{wait['title'] or wait['type']}: {answer}"
     if wait["kind"] == "batch":
         return f"batch {wait['id']}: {wait['requests']} requests to {wait['model']}, {wait['status']}"
-    return str(wait["kind"])
+    if "command" in wait:
+        return f"{wait['kind']} {wait['name']}: {wait['command']}"
+    return f"{wait['kind']} until {output.when(moment(wait['until']))}" if "until" in wait else str(wait["kind"])
 
 
 def _with_moments(wait: dict[str, Any]) -> dict[str, Any]:
     """Times as in all other JSON here, not as seconds since 1970."""
-    return wait | {name: moment(wait[name]) for name in ("deadline", "until") if name in wait}
+    return wait | {name: moment(wait[name]) for name in ("deadline", "until", "remind_at") if name in wait}
 
 
 def summary(run: Run) -> dict[str, Any]:

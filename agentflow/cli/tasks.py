@@ -26,11 +26,12 @@ def list_(
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Decided ones too.")] = False,
     run: Annotated[str | None, typer.Option(help="Only tasks of this run.")] = None,
+    for_: Annotated[str | None, typer.Option("--for", help="Only tasks for this person.")] = None,
     json: JSON = False,
 ) -> None:
     """Open tasks, oldest first."""
     wanted = status or (None if all_ else "open")
-    found = tasks.list(status=wanted, run_id=run) if output.has_journal() else []
+    found = tasks.list(status=wanted, run_id=run, assign_to=for_) if output.has_journal() else []
     if json:
         return output.data([shape(task) for task in found])
     if not found:
@@ -60,8 +61,7 @@ def show(task_id: TASK, json: JSON = False) -> None:
             ("until", output.when(task.deadline)),
             ("data", output.json_text(task.data, indent=True)),
             ("form", output.json_text((task.schema or {}).get("properties")) if task.schema else None),
-            ("by", decision.by if decision else None),
-            ("comment", decision.comment if decision else None),
+            ("digest", task.digest),
             ("answer", output.json_text(decision.data) if decision and decision.data is not None else None),
             *(
                 ("refused", f"{output.json_text(each['data'])} by {each['by'] or 'somebody'}: {each['why']}")
@@ -69,6 +69,15 @@ def show(task_id: TASK, json: JSON = False) -> None:
             ),
         )
     )
+    output.console().print()
+    output.table(("when", "what", "by", "remark"), map(_line, task.trail))
+
+
+def _line(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """One line of the trail: who did what, with the comment or whom it went to."""
+    who = entry.get("assign_to")
+    to = f"for {who if isinstance(who, str) else ', '.join(who)}" if who else None
+    return output.when(entry["at"]), entry["what"], entry.get("by"), entry.get("comment") or entry.get("why") or to
 
 
 @app.command()
@@ -124,6 +133,6 @@ def shape(task: HumanTask) -> dict[str, Any]:
     """One task in the JSON of ``tasks list``."""
     names = (
         "id", "run_id", "workflow", "type", "assign_to", "status", "title", "data", "schema", "created_at", "deadline",
-        "decision",
+        "decision", "digest", "trail",
     )  # fmt: skip
     return {name: getattr(task, name) for name in names} | {"refused": task.extra["refused"]}
