@@ -410,8 +410,15 @@ def test_answer_whose_process_is_killed_is_given_or_not_and_never_half(tmp_path:
 # -- steps around a question -----------------------------------------------------------------------
 
 AROUND = """
-    configure(notify=lambda task: tasks.approve(task.id, by="Ann"))
+    import time
+    if "at once" in sys.argv:
+        configure(notify=lambda task: tasks.approve(task.id, by="Ann"))
     WAY
+    def answers():
+        while not any(task.status == "approved" for task in tasks.list(status=None)):
+            for task in tasks.list():
+                tasks.approve(task.id, by="Ann")
+            time.sleep(0.01)
     @workflow("around")
     DEF flow(ctx):
         DEF inner():
@@ -419,7 +426,7 @@ AROUND = """
             note("effect")
             if "die" in sys.argv:
                 die()
-        return WAIT step("outer", inner, in_doubt="raise")
+        return BOTH
     try:
         print(flow.run_sync())
     except StepInDoubt as doubt:
@@ -427,14 +434,17 @@ AROUND = """
 """
 
 
+@pytest.mark.parametrize("when", ["at once", "later"])
 @pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
-def test_step_that_went_on_after_its_answer_is_in_doubt_after_a_kill(tmp_path: Path, plain: bool) -> None:
+def test_step_that_went_on_after_its_answer_is_in_doubt_after_a_kill(tmp_path: Path, plain: bool, when: str) -> None:
     words = {"WAY": "from agentflow.sync import *" if plain else "", "DEF": "def" if plain else "async def"}
+    both = ['step("outer", inner, in_doubt="raise")', 'step("answers", answers)']
+    words["BOTH"] = f"WAIT parallel([{', '.join('lambda: ' * plain + each for each in both)}])"
     source = AROUND
     for name, word in {**words, "WAIT ": "" if plain else "await "}.items():
         source = source.replace(name, word)
-    run_program(source, tmp_path, "die", expect_kill=True)
-    assert run_program(source, tmp_path).out == "in doubt outer\n"
+    run_program(source, tmp_path, "die", when, expect_kill=True)
+    assert run_program(source, tmp_path, when).out == "in doubt outer\n"
     assert notes(tmp_path) == ["effect"]
 
 
