@@ -97,6 +97,8 @@ def close_completed(opened: Opened, text: str, value: Any) -> Any:
     ex, document = opened.ex, opened.document
     for line in ex.unasked():
         ex.warn(line)
+    for name in ex.results.keys() - ex.results_used:
+        ex.warn(f"results: no step of the name or id {name!r} was asked for, so its result was not used")
     replayed_only = ex.totals.ran == 0 and document.get("output") == text and document.get("ended_at")
     when = moment(document.get("ended_at"))
     document["output"] = text
@@ -155,6 +157,8 @@ def close(opened: Opened, status: str) -> None:
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
     ops = human.withdraw(ex) if ex.prior is not None or ex.asked_tasks else []
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status)
+    if status != "waiting":
+        ops.append(Drop(rundocs.wake_key(ex.run_id)))
     assert opened.lease is not None
     opened.lease.release(ops)
     if status != "waiting":

@@ -16,7 +16,7 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from agentflow import closing, codec, opening, rundocs
+from agentflow import closing, codec, opening, rundocs, typecheck
 from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.context import Context
@@ -206,7 +206,16 @@ class Workflow(Generic[P, T]):
 
     def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         named = self._copy(replace(self._definition.options, run_id=document["id"], fresh=False))
-        return named._run(codec.decode(document["input"]))
+        return named._run(self.accepted(codec.decode(document["input"])))
+
+    def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, checked against the function's annotations."""
+        return typecheck.arguments(self.fn, self.name, arguments)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the function's arguments after the context."""
+        return list(self._definition.signature.parameters)
 
     async def _run(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
         if self._definition.blocking:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from agentflow import codec, rundocs
+from agentflow import codec, control, rundocs
+from agentflow.blocking import run_coroutine
 from agentflow.context import view
 from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
@@ -15,6 +16,9 @@ from agentflow.run import PlanStep
 
 # The workflows defined in this process, by name: a run finds its code here when it is awaited.
 workflows: dict[str, Any] = {}
+
+
+_UNSET: Any = object()
 
 
 class Plan:
@@ -120,6 +124,72 @@ class Run:
         if self.status == "waiting":
             raise waiting(self._document)
         raise AgentflowError(f"run {self.id} is {self.status}: it has no result yet. Run it again to go on.")
+
+    @property
+    def parent(self) -> str | None:
+        """The id of the run that this one is a fork of, else None."""
+        return self._document.get("parent")
+
+    @property
+    def forked_at(self) -> str | None:
+        """The step from which on a fork does everything anew; None where it took along all records."""
+        return self._document.get("forked_at")
+
+    def retry(self, from_step: str | None = None, *, results: Mapping[str, Any] | None = None) -> Run:
+        """Let the run go on from a step: ``result = await run.retry(from_step="draft")``.
+
+        That step and those that started after it had ended are done anew, earlier ones are replayed; steps with an
+        ``idempotency_key`` keep their result unless it is ``from_step`` itself. Nothing is run before the run is
+        awaited (or ``run_sync()`` is called, or a worker takes it up): until then its status is interrupted.
+
+        Args:
+            from_step: name or id of a recorded step; of several of one name the first. None: where the run failed.
+            results: for steps, by name or id, the result to go on with instead of running them: the answer of a model
+                call, a ``Decision`` (or True or False) of a human task. A step that is skipped so is not undone either.
+
+        Returns:
+            This run.
+
+        Raises:
+            UsageError: no such step, or there is nothing to retry.
+            RunBusy: a process is running it.
+            RunCancelled: it was cancelled.
+        """
+        self._document = control.retry(self._journal, self._document, from_step, results)
+        return self
+
+    def fork(
+        self, from_step: str | None = None, *, input: Any = _UNSET, results: Mapping[str, Any] | None = None
+    ) -> Run:
+        """A new run that begins with this one's records: ``result = await run.fork(from_step="draft", input=other)``.
+
+        The records before ``from_step`` are copied and cost nothing; what this run did is never undone by the fork.
+        The fork has an id of its own and remembers this run as its ``parent``. Nothing runs before it is awaited.
+
+        Args:
+            from_step: name or id of the first step to do anew, as in ``retry``. None: all records are taken along, and
+                what is reused follows from what the steps are given.
+            input: the fork's input: the only argument, or a dict of the arguments to change. Not given: the same.
+            results: as in ``retry``.
+
+        Raises:
+            UsageError: no such step, or an input that the workflow does not take.
+        """
+        arguments = None
+        if input is not _UNSET:
+            flow = self._workflow
+            arguments = control.arguments_of(self._document, input, None if flow is None else flow.parameters)
+            arguments = arguments if flow is None else flow.accepted(arguments)
+        made = control.fork(self._journal, self._document, from_step, arguments, results)
+        return Run(self._journal, made, self._workflow)
+
+    def run_sync(self) -> Any:
+        """``await run`` for plain code."""
+
+        async def go_on() -> Any:
+            return await self
+
+        return run_coroutine(go_on())
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if self._workflow is None:

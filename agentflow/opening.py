@@ -202,7 +202,9 @@ def take_up(
         if text != document["input"]:
             document["input"] = text
         document.pop("waiting_on", None)
-        ops += rundocs.write(document, "running")
+        if document.get("results") and options.rerun:
+            document["results"] = {k: v for k, v in document["results"].items() if k not in options.rerun}
+        ops += [*rundocs.write(document, "running"), Drop(rundocs.wake_key(run_id))]
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
     ex.fence, ex.lease = lease.fence, lease
@@ -228,6 +230,7 @@ def execution(
         ex.undoing = bool(document.get("undoing"))
         ex.same_code = document.get("code") == code_digest(flow)
         ex.input_text = document["input"]
+        ex.results = document.get("results", {})
         ex.prior = prior
         ex.records.load()
     return ex

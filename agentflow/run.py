@@ -119,6 +119,8 @@ class Execution:
     undo_failed: bool = False
     waits: list[Any] = field(default_factory=list)
     asked_tasks: set[str] = field(default_factory=set)
+    results: dict[str, str] = field(default_factory=dict)
+    results_used: set[str] = field(default_factory=set)
     unstarted: list[str] = field(default_factory=list)
     loop: Any = None
     watcher: Any = None
@@ -401,7 +403,11 @@ class Execution:
         if cost is not None:
             amount = Decimal(cost)
             self.totals.saved += amount
-        if call.options.compensate is not None or head.get("undoes"):
+        # What another run did, or nobody, is not undone here.
+        own = "from" not in head and "supplied" not in head
+        undoes = head.get("undoes") and own
+        compensates = call.options.compensate is not None and own
+        if compensates or undoes:
             self._undoes(outer)
         if head.get("ai"):
             lent = not self.scratch and head["s0"][0] < self.number
@@ -418,11 +424,19 @@ class Execution:
         value = codec.decode(row.output)
         if call.finish is not None:
             value = call.finish(value)
-        if head.get("undoes"):
+        if undoes:
             self.compensations.append((call, None, head))
-        if call.options.compensate is not None and call.slot is not None:
+        if compensates and call.slot is not None:
             self.compensations.append((call, call.slot, value))
         return value
+
+    def given_result(self, call: Call) -> str | None:
+        """The result that somebody gave for a step, by its name or id, when the run was retried or forked."""
+        for name in (call.name, call.occ):
+            if name in self.results:
+                self.results_used.add(name)
+                return self.results[name]
+        return None
 
     def finished(self, call: Call, slot: Slot, head: dict[str, Any], value: Any) -> Any:
         """After the record is durable: count it and hand out the value."""
@@ -432,7 +446,7 @@ class Execution:
             self.totals.ran += 1
         if call.finish is not None:
             value = call.finish(value)
-        if call.options.compensate is not None:
+        if call.options.compensate is not None and "supplied" not in head:
             self._undoes(call.here.outer)
             self.compensations.append((call, slot, value))
         return value

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import human
+from agentflow import human, rundocs
 from agentflow.durations import words
 from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
@@ -116,6 +116,7 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
         decided: dict[str, Any] = document | answered
         txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
         txn.drop(human.open_key(document))
+        txn.put(rundocs.wake_key(document["run_id"]), document["run_id"])
         return decided
 
     return human.task_of(journal.guarded(decide))
