@@ -106,6 +106,7 @@ def close_completed(opened: Opened, text: str, value: Any) -> Any:
     if not replayed_only:
         document["ended_at"] = time.time()
     document["code"] = code_digest(opened.flow)
+    document["unused"] = ex.unused()
     close(opened, "completed")
     summary(ex, "completed" if not replayed_only else f"completed before, {when:%Y-%m-%d %H:%M:%S} UTC")
     return value

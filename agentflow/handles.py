@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Mapping
 from decimal import Decimal
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from agentflow import codec, control, rundocs
 from agentflow.blocking import run_coroutine
@@ -13,6 +15,9 @@ from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
 from agentflow.records import StepRecord, moment, money
 from agentflow.run import PlanStep
+
+if TYPE_CHECKING:
+    from agentflow.rundiff import RunDiff
 
 # The workflows defined in this process, by name: a run finds its code here when it is awaited.
 workflows: dict[str, Any] = {}
@@ -183,6 +188,49 @@ class Run:
         made = control.fork(self._journal, self._document, from_step, arguments, results)
         return Run(self._journal, made, self._workflow)
 
+    def diff(self, other: Run | str) -> RunDiff:
+        """Where this run and another part; ``print(run.diff(other))`` is readable at 80 columns.
+
+        Steps are compared by what they were given and gave, wherever they stand; equal ones belong together first.
+
+        Args:
+            other: a run, or an id.
+
+        Returns:
+            ``RunDiff``, true when they differ: ``first`` (the first step that differs), ``steps`` (each with ``name``,
+            ``state``, ``given`` or prompt and ``output`` as differences), ``input``, ``output``, ``cost``.
+        """
+        from agentflow import rundiff
+
+        if not isinstance(other, Run):
+            other = Run(self._journal, rundocs.find(self._journal, other))
+        costs = {self.id: self.cost, other.id: other.cost}
+        return rundiff.diff(self._journal, self._document, other._document, lambda document: costs[document["id"]])
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the run to one file: JSON, or with the ending ``.html`` a page that needs nothing else.
+
+        It holds inputs, outputs, prompts, replies and decisions; known key patterns and what ``configure(redact=)``
+        names are masked. The file is readable by you alone. An existing one is replaced.
+
+        Args:
+            path: the file. Its directory has to exist.
+
+        Returns:
+            The file's path.
+        """
+        from agentflow import export
+
+        return export.export(self._journal, self._document, self.summary(), path)
+
+    def summary(self) -> dict[str, Any]:
+        """The run as plain data: id, workflow, status, parent, times, costs, input, output and error."""
+        names = (
+            "id", "workflow", "status", "parent", "forked_at", "started_at", "completed_at", "cost", "saved", "input",
+            "output", "error", "waiting_on",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
     def run_sync(self) -> Any:
         """``await run`` for plain code."""
 
@@ -196,8 +244,13 @@ class Run:
             raise UsageError(
                 f"run {self.id}: its workflow {self.workflow!r} is not defined in this program; import it first."
             )
-        resumed: Generator[Any, Any, Any] = self._workflow.again(self._document).__await__()
-        return resumed
+        return self._go_on(self._workflow).__await__()
+
+    async def _go_on(self, workflow: Any) -> Any:
+        try:
+            return await workflow.again(self._document)
+        finally:
+            self._document = rundocs.find(self._journal, self.id)
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.status}>"

@@ -13,6 +13,7 @@ from typing import Any
 
 from agentflow import codec, human, rundocs, typecheck
 from agentflow.capture import data_digest
+from agentflow.children import note_caller
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
 from agentflow.errors import (
@@ -135,6 +136,7 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
         run_id=run_id,
     )
     try:
+        note_caller(journal, run_id, lease)
         stored = rundocs.read(journal, run_id)
         if new and stored is not None and stored["created_at"] == document["created_at"]:
             prior = None

@@ -666,6 +666,11 @@ class Execution:
         """Remember what was asked for while a record of that name lay unused: the end says so."""
         self._missed[call.ident[:NS]] = call.given
 
+    def unused(self) -> list[str]:
+        """The ids of recorded steps of the body that a finished execution never asked for: of earlier code, say."""
+        slots = (s for s in self.records if not s.claimed and s.ident.startswith("r") and self.newest(s) is not None)
+        return [slot.id for slot in itertools.islice(slots, 10_000)]
+
     def unasked(self) -> list[str]:
         """Lines on recorded steps of the body that this execution never asked for."""
         lines = []

@@ -44,6 +44,12 @@ def _index(document: dict[str, Any], status: str) -> str:
     return f"x/{status}/{int(document['created_at'] * 1000):014d}-{in_key(document['id'])}"
 
 
+def erase(document: dict[str, Any]) -> list[Any]:
+    """Operations that remove a document from the journal and its indexes."""
+    ops = [Drop(f"r/{in_key(document['id'])}"), Drop(_index(document, document["status"]))]
+    return ops if document.get("due") is None else [*ops, Drop(_due_key(document, document["due"]))]
+
+
 def _due_key(document: dict[str, Any], due: float) -> str:
     return f"due/{int(due * 1000):014d}-{in_key(document['id'])}"
 

@@ -304,7 +304,7 @@ async def test_a_fork_with_other_input_reuses_what_is_given_the_same():
     run = await line.start("x")
     calls.clear()
     made = run.fork(input={"word": "y"})
-    assert made.input == {"word": "y"} or made.input == "y"
+    assert made.input == "y"
     assert await made == "a:y/b/c"
     assert calls == ["a", "b", "c"]
     assert made.id != run.id and runs.get(made.id).parent == run.id
