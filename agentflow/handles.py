@@ -223,6 +223,12 @@ class Run:
 
         return export.export(self._journal, self._document, self.summary(), path)
 
+    def as_tree(self) -> dict[str, Any]:
+        """What ``export`` writes as JSON."""
+        from agentflow import export
+
+        return export.tree(self._journal, self._document, self.summary())
+
     def summary(self) -> dict[str, Any]:
         """The run as plain data: id, workflow, status, parent, times, costs, input, output and error."""
         names = (

@@ -36,7 +36,7 @@ LAYERS = [
     {"opening"},
     {"closing"},
     {"flow", "runs"},
-    {"sync", "testing"},
+    {"loading", "sync", "testing"},
     {""},
     {"demo"},
     {"cli"},
