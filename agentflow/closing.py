@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from agentflow import codec, human, rundocs
-from agentflow.calls import PLAIN, Call, Options
+from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.drive import Wait, collect
 from agentflow.errors import (
     JournalError,
@@ -130,15 +130,18 @@ def close_failed(opened: Opened, error: Exception) -> None:
     summary(ex, f"failed ({type(error).__name__}){undone}")
 
 
-def wait_for_child(opened: Opened, error: Waiting) -> Waiting:
+def wait_for_child(opened: Opened, error: Waiting) -> Waiting | Suspend:
     """A run started in the body waits: this one waits for the same."""
     dues = [(info, info.get("until", info.get("deadline"))) for info in error.waiting_on]
     opened.ex.waits = [Wait(lambda: None, info, due) for info, due in dues]
     return close_waiting(opened)
 
 
-def close_waiting(opened: Opened) -> Waiting:
+def close_waiting(opened: Opened) -> Waiting | Suspend:
     ex, document = opened.ex, opened.document
+    if ex.halted:
+        give_up(opened)
+        return Suspend()
     waits = ex.waits
     unique = {wait.info["id"]: wait.info for wait in waits}
     document["waiting_on"] = list(unique.values())
@@ -171,7 +174,8 @@ def give_up(opened: Opened) -> None:
     opened.ex.closed = True
     assert opened.lease is not None
     try:
-        opened.lease.release(rundocs.write(opened.document, "interrupted"))
+        dropped = [Drop(key) for key in opened.ex.unstarted]
+        opened.lease.release(dropped + rundocs.write(opened.document, "interrupted"))
     except LeaseLost:
         log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
     except JournalError as error:

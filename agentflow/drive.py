@@ -256,6 +256,8 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
         result = wait.check()
         if result is not PENDING:
             return result
+    if ex.halted:
+        raise Suspend
     future = asyncio.get_running_loop().create_future()
     ex.parked[future] = (wait, asyncio.current_task())
     if ex.watcher is None or ex.watcher.done():
@@ -321,6 +323,19 @@ async def _watch(ex: Execution) -> None:
             return
         due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
+
+
+def halt(ex: Execution) -> None:
+    """Let a run stop before its next step: what is in flight is finished and recorded, the run is interrupted.
+
+    Called in the thread of the run's loop.
+    """
+    ex.halted = ex.suspended = True
+    for future in ex.parked:
+        if not future.done():
+            future.set_exception(Suspend())
+    with ex.turn:
+        ex.turn.notify_all()
 
 
 async def _still_idle(ex: Execution) -> bool:

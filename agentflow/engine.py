@@ -271,9 +271,10 @@ def _run(call: Call, again: int = 0) -> Process:
             if isinstance(exc, NOT_RECORDED):
                 raise
             failure = exc
-        except BaseException:
+        except BaseException as stop:
             current.left = True
-            if ex.suspended:
+            # Cut off in the middle by a worker that has to end, it is in doubt.
+            if ex.suspended and (not ex.halted or isinstance(stop, Suspend)):
                 ex.unstart(call, slot, current)
             raise
         else:

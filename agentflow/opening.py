@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
 from agentflow.settings import log
+
+# The runs that this process executes; those that have ended are in it until they are collected.
+executing: weakref.WeakSet[Execution] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,7 @@ def take_up(
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
     ex.fence, ex.lease = lease.fence, lease
+    executing.add(ex)
     if prior is not None:
         ex.load_marks()
     return Opened(flow, ex, document, lease, arguments)

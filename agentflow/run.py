@@ -92,6 +92,7 @@ class Execution:
     input_text: str = ""
     stay: bool = False
     suspended: bool = False
+    halted: bool = False
     closed: bool = False
     ask: Any = None
     session: float = field(default_factory=time.time)

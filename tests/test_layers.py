@@ -36,7 +36,7 @@ LAYERS = [
     {"opening"},
     {"closing"},
     {"flow", "runs"},
-    {"loading", "sync", "testing"},
+    {"loading", "sync", "testing", "worker"},
     {""},
     {"demo"},
     {"cli"},
