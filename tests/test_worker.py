@@ -66,7 +66,9 @@ APP = """
 
         async def outer():
             note("outer")
-            return await step("work", work)
+            worked = await step("work", work)
+            await step("more", note, "more")
+            return worked
 
         await step("outer", outer, in_doubt=os.environ.get("IN_DOUBT", "raise"))
         await step("next", note, "next")
@@ -224,10 +226,11 @@ def test_sigterm_lets_the_step_in_flight_end_and_loses_none(app, tmp_path, journ
     ended(process)
     (run,) = runs.list()
     assert run.status == "interrupted" and notes(tmp_path) == ["outer", "begins", "ends"]
-    assert [each.name for each in run.steps] == ["outer", "work"]
+    assert [each.name for each in run.steps] == ["work"]
     assert lease.holder(journal, rundocs.lease_key(run.id)).released and not list(journal.keys("worker/"))
     once(tmp_path, "app:long")
-    assert notes(tmp_path) == ["outer", "begins", "ends", "next"] and statuses() == ["completed"]
+    assert notes(tmp_path) == ["outer", "begins", "ends", "outer", "more", "next"]
+    assert statuses() == ["completed"]
 
 
 @pytest.mark.parametrize("how", ["twice", "no grace"])
@@ -249,11 +252,11 @@ def test_a_step_that_is_not_waited_for_is_in_doubt(app, tmp_path, how):
 
 def test_a_run_that_only_sleeps_does_not_keep_a_worker_from_stopping(app, tmp_path):
     app("nap", 1, "50s", env={"DIE": "1"}, expect_kill=True)
-    process = start(tmp_path, "app:nap")
+    process = start(tmp_path, "app:nap", "--grace", "10h")
     until(lambda: notes(tmp_path) == ["before"], process)
     process.send_signal(signal.SIGTERM)
     ended(process)
-    assert statuses() == ["interrupted"] and notes(tmp_path) == ["before"]
+    assert statuses() == ["interrupted"] and [each.name for each in runs.list()[0].steps] == ["before"]
 
 
 def test_a_plain_workflow_stops_before_its_next_step_too(app, tmp_path):
@@ -302,7 +305,7 @@ def test_the_runs_of_a_killed_worker_are_taken_over_by_another(app, tmp_path):
     until(lambda: statuses() == ["completed"], second)
     second.send_signal(signal.SIGTERM)
     ended(second)
-    assert notes(tmp_path)[-2:] == ["ends", "next"] and len(runs.list()[0].steps) == 3
+    assert notes(tmp_path)[-3:] == ["ends", "more", "next"] and len(runs.list()[0].steps) == 4
 
 
 def test_a_run_inside_another_one_goes_on_by_way_of_that_one(app, tmp_path):
@@ -397,6 +400,21 @@ def test_an_answered_run_is_due_once_and_not_after_it_went_on(journal):
     assert due_ids(journal) == [] and list(journal.keys("wake/")) == []
 
 
+def test_a_run_that_waits_again_is_not_due_for_the_answer_it_has_seen(journal):
+    @workflow("two-questions")
+    async def two(ctx) -> None:
+        await human_task("approve", title="one")
+        await human_task("approve", title="two")
+
+    with pytest.raises(Waiting):
+        two.run_sync()
+    tasks.approve(tasks.list()[0].id)
+    assert len(due_ids(journal)) == 1
+    with pytest.raises(Waiting):
+        two.run_sync()
+    assert due_ids(journal) == []
+
+
 def test_an_answer_that_comes_while_the_run_is_taken_up_is_not_lost(journal, monkeypatch):
     begin(1)
     task = tasks.list()[0]
@@ -454,9 +472,15 @@ async def test_a_run_that_cannot_be_begun_is_tried_again_later_and_not_in_a_circ
     document["input"] = '{"n":"no number"}'
     journal.commit(rundocs.write(document, "waiting"))
     tasks.approve(tasks.list()[0].id)
-    await asyncio.wait_for(worker.Worker({flow.name: flow}, once=True).run(), 30)
+    tried = worker.Worker({flow.name: flow})
+    await tried._go_on(flow, document)
     assert said().count("could not go on") == 1 and begun == [3]
-    assert runs.list()[0].status == "waiting"
+    assert not tried._take(document) and runs.list()[0].status == "waiting"
+    tried._retry_at[document["id"]] = (1, 0.0)
+    assert tried._take(document)
+    while tried._tasks:
+        await asyncio.sleep(0)
+    assert said().count("could not go on") == 2 and "next try in 2 s" in said()
 
 
 def test_a_worker_needs_a_number_of_runs():
