@@ -47,6 +47,8 @@ def retry(
         gone = set() if target is None else {row.key for row in redone(rows, target)}
         gone |= {row.key for row in rows if _is_named(row, given)}
         ops += _drops(run_id, rows, gone, target)
+        if document["status"] in ("completed", "failed"):
+            document.pop("deadline", None)  # that of the execution that has ended
         failed = document["status"] == "failed"
         if from_step is not None or given or not document.get("undoing"):
             for name in ("undoing", "compensated"):

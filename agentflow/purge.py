@@ -82,7 +82,7 @@ def purge(
     pointers = _pointers(journal)
     done, rows = [], 0
     for run_id, state in sorted(chosen.items()):
-        keys = _keys(journal, run_id)
+        keys = keys_of(journal, run_id)
         if not dry_run:
             try:
                 _remove(journal, run_id, state, keys, pointers.get(run_id, []))
@@ -104,7 +104,7 @@ def _needed(journal: Journal, run_id: str, chosen: dict[str, str]) -> str | None
     return "a process is running it" if owner is not None and alive(owner) else None
 
 
-def _keys(journal: Journal, run_id: str) -> list[str]:
+def keys_of(journal: Journal, run_id: str) -> list[str]:
     """The rows of a run but for its document and its places in the indexes of runs, which go last."""
     name = in_key(run_id)
     linked = [f"cp/{in_key(child)}/{name}" for child in children.children(journal, run_id)]

@@ -44,6 +44,11 @@ def _index(document: dict[str, Any], status: str) -> str:
     return f"x/{status}/{int(document['created_at'] * 1000):014d}-{in_key(document['id'])}"
 
 
+def index_key(document: dict[str, Any]) -> str:
+    """Where a run stands among those of its status."""
+    return _index(document, document["status"])
+
+
 def erase(document: dict[str, Any]) -> list[Any]:
     """Operations that remove a document from the journal and its indexes."""
     ops = [Drop(f"r/{in_key(document['id'])}"), Drop(_index(document, document["status"]))]

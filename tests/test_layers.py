@@ -31,7 +31,7 @@ LAYERS = [
     {"drive"},
     {"blocking", "human", "scratch"},
     {"aicall", "context", "control", "humantask", "purge", "rundiff", "steps", "tasks"},
-    {"export"},
+    {"export", "upkeep"},
     {"embeddings", "handles"},
     {"opening"},
     {"closing"},

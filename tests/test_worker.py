@@ -478,8 +478,7 @@ async def test_a_run_that_cannot_be_begun_is_tried_again_later_and_not_in_a_circ
     assert not tried._take(document) and runs.list()[0].status == "waiting"
     tried._retry_at[document["id"]] = (1, 0.0)
     assert tried._take(document)
-    while tried._tasks:
-        await asyncio.sleep(0)
+    await asyncio.wait(list(tried._tasks))
     assert said().count("could not go on") == 2 and "next try in 2 s" in said()
 
 

@@ -12,7 +12,7 @@ import typer
 
 import agentflow
 from agentflow import errors, layout
-from agentflow.cli import demo, output, runs, tasks, worker
+from agentflow.cli import demo, doctor, journal, output, runs, tasks, worker
 from agentflow.redact import redact
 from agentflow.settings import configure, settings
 
@@ -26,7 +26,9 @@ app = typer.Typer(
 app.add_typer(runs.app, name="runs")
 app.add_typer(tasks.app, name="tasks")
 app.command("demo")(demo.demo)
+app.add_typer(journal.app, name="journal")
 app.command("worker")(worker.worker)
+app.command("doctor")(doctor.doctor)
 
 # The first that fits; whatever else agentflow raises on purpose is a plain failure.
 _CODES = (
