@@ -1,4 +1,4 @@
-"""Which run was started in which: ``cc/<caller>/<child>`` and, for the way back, ``cp/<child>/<caller>``.
+"""Which run was started in which: ``ch/<caller>/<child>`` and, for the way back, ``cp/<child>/<caller>``.
 
 A caller that is run again asks its children for their results, so they go with it: they are cancelled, woken and
 purged by way of it.
@@ -20,7 +20,7 @@ def note_caller(journal: Journal, run_id: str, lease: Lease) -> None:
     if place is None or place.ex.scratch or place.ex.plan or place.ex.run_id == run_id:
         return
     caller = place.ex.run_id
-    down, up = f"cc/{in_key(caller)}/{in_key(run_id)}", f"cp/{in_key(run_id)}/{in_key(caller)}"
+    down, up = f"ch/{in_key(caller)}/{in_key(run_id)}", f"cp/{in_key(run_id)}/{in_key(caller)}"
     if journal.get(up) is None:
         journal.commit([Add(down, run_id), Add(up, caller)], fence=lease.fence)
 
@@ -32,4 +32,4 @@ def callers(journal: Journal, run_id: str) -> Iterator[str]:
 
 def children(journal: Journal, run_id: str) -> Iterator[str]:
     """The runs that this one has started."""
-    return (child for _, child in journal.scan(f"cc/{in_key(run_id)}/"))
+    return (child for _, child in journal.scan(f"ch/{in_key(run_id)}/"))

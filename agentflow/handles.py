@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, rundocs
+from agentflow import codec, redo, rundocs
 from agentflow.blocking import run_coroutine
 from agentflow.context import view
 from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
@@ -160,7 +160,7 @@ class Run:
             RunBusy: a process is running it.
             RunCancelled: it was cancelled.
         """
-        self._document = control.retry(self._journal, self._document, from_step, results)
+        self._document = redo.retry(self._journal, self._document, from_step, results)
         return self
 
     def fork(
@@ -183,9 +183,9 @@ class Run:
         arguments = None
         if input is not _UNSET:
             flow = self._workflow
-            arguments = control.arguments_of(self._document, input, None if flow is None else flow.parameters)
+            arguments = redo.arguments_of(self._document, input, None if flow is None else flow.parameters)
             arguments = arguments if flow is None else flow.accepted(arguments)
-        made = control.fork(self._journal, self._document, from_step, arguments, results)
+        made = redo.fork(self._journal, self._document, from_step, arguments, results)
         return Run(self._journal, made, self._workflow)
 
     def diff(self, other: Run | str) -> RunDiff:

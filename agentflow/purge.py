@@ -25,7 +25,7 @@ from agentflow.settings import settings
 
 ENDED = ("completed", "failed", "cancelled")
 _CHUNK = 5000
-_FAMILIES = ("s", "a", "d", "m", "z", "ht", "hu", "cc", "cp")
+_FAMILIES = ("s", "a", "d", "m", "w", "z", "ht", "hu", "ch", "cp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def keys_of(journal: Journal, run_id: str) -> list[str]:
     """The rows of a run but for its document and its places in the indexes of runs, which go last."""
     name = in_key(run_id)
     linked = [f"cp/{in_key(child)}/{name}" for child in children.children(journal, run_id)]
-    linked += [f"cc/{in_key(caller)}/{name}" for caller in children.callers(journal, run_id)]
+    linked += [f"ch/{in_key(caller)}/{name}" for caller in children.callers(journal, run_id)]
     for key, _ in journal.scan(f"ht/{name}/"):
         task = key.rpartition("/")[2]
         if (text := journal.get(f"h/{task}")) is not None:

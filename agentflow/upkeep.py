@@ -272,7 +272,7 @@ _NAMES = {
     "r": "runs", "s": "steps", "m": "paid replies", "a": "failed attempts", "h": "tasks", "k": "keyed results",
     "e": "vectors", "c": "code", "p": "runs by input", "x": "runs by status", "z": "sleeps", "d": "steps begun",
     "ht": "tasks by run", "hu": "tasks used", "xt": "open tasks", "lease": "leases", "claim": "claims of steps",
-    "due": "runs by due time", "wake": "woken runs", "cc": "runs inside runs", "cp": "callers of runs",
+    "due": "runs by due time", "wake": "woken runs", "ch": "runs inside runs", "cp": "callers of runs",
     "worker": "workers", "lease-worker": "leases of workers",
 }  # fmt: skip
 

@@ -57,17 +57,17 @@ def due(journal: Journal, now: float) -> Iterator[dict[str, Any]]:
 def _candidates(journal: Journal, now: float) -> Iterator[str]:
     for status in ("interrupted", "running"):
         yield from (run_id for _, run_id in journal.scan(f"x/{status}/"))
-    for key, run_id in journal.scan("wake/"):
-        document = rundocs.read(journal, run_id)
-        if document is None or document["status"] in _ENDED:
-            journal.guarded(functools.partial(_forget, key, run_id))
-        elif document["status"] == "waiting":
-            yield run_id
-    yield from (run_id for _, run_id in journal.scan("due/", before=f"due/{int(now * 1000) + 1:014d}"))
+    for prefix, before in (("wake/", None), ("due/", f"due/{int(now * 1000) + 1:014d}")):
+        for key, run_id in journal.scan(prefix, before=before):
+            document = rundocs.read(journal, run_id)
+            if document is None or document["status"] in _ENDED:
+                journal.guarded(functools.partial(_forget, key, run_id))
+            elif document["status"] == "waiting":
+                yield run_id
 
 
 def _forget(key: str, run_id: str, txn: Txn) -> None:
-    """An answer came for a run that has ended in the meantime."""
+    """An answer, or a time, came for a run that has ended in the meantime."""
     text = txn.get(f"r/{in_key(run_id)}")
     if text is None or orjson.loads(text)["status"] in _ENDED:
         txn.drop(key)

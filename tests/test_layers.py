@@ -30,7 +30,7 @@ LAYERS = [
     {"engine"},
     {"drive"},
     {"blocking", "human", "scratch"},
-    {"aicall", "context", "control", "humantask", "purge", "rundiff", "steps", "tasks"},
+    {"aicall", "context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
     {"export", "upkeep"},
     {"embeddings", "handles"},
     {"opening"},

@@ -275,7 +275,7 @@ def test_one_run_is_copied_without_the_others(filled, tmp_path):
     only = runs.list(workflow="inner")[0].id
     done = upkeep.copy(filled, Journal.open(tmp_path / "other"), [only])
     assert done.runs == [only] and {key.split("/")[0] for key, _ in Journal.open(tmp_path / "other").keys("")} == {
-        "r", "x", "s", "c", "p", "lease", "cc", "cp",
+        "r", "x", "s", "c", "p", "lease", "ch", "cp",
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import agentflow
 from agentflow import Waiting, closing, human_task, lease, rundocs, runs, tasks, worker, workflow
+from agentflow.journal import Put
 from agentflow.settings import settings
 from tests.programs import environment, notes, run_program, running, write_program
 
@@ -432,13 +433,14 @@ def test_an_answer_that_comes_while_the_run_is_taken_up_is_not_lost(journal, mon
     assert asks.run_sync(0) == 0
 
 
-def test_an_answer_for_a_run_that_has_ended_is_forgotten(journal):
+def test_an_answer_and_a_time_that_come_for_a_run_that_has_ended_are_forgotten(journal):
     begin(1)
+    journal.commit([Put(f"due/{0:014d}-x", tasks.list()[0].run_id)])
     run_id = tasks.list()[0].run_id
     tasks.approve(tasks.list()[0].id)
     document = rundocs.read(journal, run_id)
     journal.commit(rundocs.write(document, "cancelled"))
-    assert due_ids(journal) == [] and list(journal.keys("wake/")) == []
+    assert due_ids(journal) == [] and [*journal.keys("wake/"), *journal.keys("due/")] == []
 
 
 def test_a_deadline_makes_a_run_due(journal):
