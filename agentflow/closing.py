@@ -113,6 +113,8 @@ def close_completed(opened: Opened, text: str, value: Any) -> Any:
     ex, document = opened.ex, opened.document
     for line in ex.unasked():
         ex.warn(line)
+    for name in ex.results.keys() - ex.results_used:
+        ex.warn(f"results: no step of the name or id {name!r} was asked for, so its result was not used")
     replayed_only = ex.totals.ran == 0 and document.get("output") == text and document.get("ended_at")
     when = moment(document.get("ended_at"))
     document["output"] = text
@@ -120,6 +122,7 @@ def close_completed(opened: Opened, text: str, value: Any) -> Any:
     if not replayed_only:
         document["ended_at"] = time.time()
     document["code"] = code_digest(opened.flow)
+    document["unused"] = ex.unused()
     close(opened, "completed")
     summary(ex, "completed" if not replayed_only else f"completed before, {when:%Y-%m-%d %H:%M:%S} UTC")
     return value
@@ -148,15 +151,18 @@ def close_failed(opened: Opened, error: Exception) -> None:
     summary(ex, f"failed ({type(error).__name__}){undone}")
 
 
-def wait_for_child(opened: Opened, error: Waiting) -> Waiting:
+def wait_for_child(opened: Opened, error: Waiting) -> Waiting | Suspend:
     """A run started in the body waits: this one waits for the same."""
     dues = [(info, info.get("until", info.get("deadline"))) for info in error.waiting_on]
     opened.ex.waits = [Wait(lambda: None, info, due) for info, due in dues]
     return close_waiting(opened)
 
 
-def close_waiting(opened: Opened) -> Waiting:
+def close_waiting(opened: Opened) -> Waiting | Suspend:
     ex, document = opened.ex, opened.document
+    if ex.halted:
+        give_up(opened)
+        return Suspend()
     waits = ex.waits
     unique = {wait.info["id"]: wait.info for wait in waits}
     document["waiting_on"] = list(unique.values())
@@ -179,6 +185,8 @@ def close(opened: Opened, status: str) -> None:
     if status == "completed" and (ex.prior is not None or ex.asked_tasks):
         ops += events.give_back(ex)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
+    if status != "waiting":
+        ops.append(Drop(rundocs.wake_key(ex.run_id)))
     assert opened.lease is not None
     opened.lease.release(ops)
     if status != "waiting":

@@ -289,6 +289,8 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
             if ops := ex.goes_on(waiting):
                 await ex.journal.acommit(ops, fence=ex.fence)
             return result
+    if ex.halted:
+        raise Suspend
     future = asyncio.get_running_loop().create_future()
     ex.parked[future] = (wait, asyncio.current_task())
     if ex.watcher is None or ex.watcher.done():
@@ -359,6 +361,19 @@ async def _look(ex: Execution) -> bool:
     task.add_done_callback(ex.stragglers.discard)
     came: bool = await asyncio.shield(task)
     return came
+
+
+def halt(ex: Execution) -> None:
+    """Let a run stop before its next step: what is in flight is finished and recorded, the run is interrupted.
+
+    Called in the thread of the run's loop.
+    """
+    ex.halted = ex.suspended = True
+    for future in ex.parked:
+        if not future.done():
+            future.set_exception(Suspend())
+    with ex.turn:
+        ex.turn.notify_all()
 
 
 async def _still_idle(ex: Execution) -> bool:

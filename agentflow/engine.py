@@ -54,7 +54,8 @@ from agentflow.journal import Add
 from agentflow.lease import acquire
 from agentflow.records import ONCE, Retry
 from agentflow.reuse import Effect, find, given_same, judge, like, located
-from agentflow.run import Attempts
+from agentflow.run import Attempts, PlanStep
+from agentflow.supplied import as_recorded
 from agentflow.workers import in_flight
 
 Process = Generator[Effect, Any, Any]
@@ -102,6 +103,8 @@ def process(call: Call) -> Process:
             ),
             call,
         )
+    if ex.results and (given := ex.given_result(call)) is not None:
+        return (yield from _supplied(call, given))
     if call.options.idempotency_key is not None:
         return (yield from _keyed(call))
     if ex.scratch:
@@ -110,6 +113,24 @@ def process(call: Call) -> Process:
     if row is not None:
         return ex.deliver(call, row)
     return (yield from _run(call))
+
+
+def _supplied(call: Call, given: str) -> Process:
+    """A step that is not run: somebody gave its result when the run was retried or forked."""
+    ex = call.ex
+    row = yield from find(call)
+    if row is not None:
+        return ex.deliver(call, row)
+    text, value = codec.roundtrip(as_recorded(call, codec.decode(given)), where=f"results[{call.name!r}]")
+    if ex.plan:
+        ex.plan_steps.append(PlanStep(call.name, "reused", "its result is given"))
+        return value if call.finish is None else call.finish(value)
+    slot = ex.own_slot(call)
+    current = Current(call, ex.key_of(call, slot.voids()), 1, 0)
+    head = _head(call, current, slot, ex.next(), time.time(), ex.clock(), 1, 0, 0) | {"supplied": True}
+    yield from _record(call, slot, head, text)
+    ex.say(f"{call.name}: not run; its result is given")
+    return ex.finished(call, slot, head, value)
 
 
 def _keyed(call: Call) -> Process:
@@ -272,11 +293,13 @@ def _run(call: Call, again: int = 0) -> Process:
                     ex.unstart(call, slot, current)
                 raise
             failure = exc
-        except BaseException:
+        except BaseException as stopped:
             current.left = True
-            if (stop := current.stop) is not None:
-                stop()
-            if ex.suspended or (call.kind == "ai" and not call.on_way):
+            if current.stop is not None:
+                current.stop()
+            # Cut off in the middle by a worker that has to end, it is in doubt.
+            cut_off = ex.halted and not isinstance(stopped, Suspend)
+            if (ex.suspended and not cut_off) or (call.kind == "ai" and not call.on_way):
                 ex.unstart(call, slot, current)
             raise
         else:

@@ -1,9 +1,10 @@
 """Events: sent from anywhere, each delivered to one wait, whether the wait or the event comes first.
 
-``e/<name>/<run>/<number>`` is an event that nobody has received yet; the run is ``*`` when any may. The number comes
+``ev/<name>/<run>/<number>`` is an event that nobody has received yet; the run is ``*`` when any may. The number comes
 from ``en/events``, which grows with each event in the same transaction: who has seen it unchanged has seen all events.
 ``w/<run>/<wait>`` is an open wait with its deadline. An event is received by moving it into the row of the wait, in one
 transaction with the fence of the run; when the step's record is written the row goes. A crash in between loses nothing.
+``wn/<name>/<run>/<wait>`` says which runs wait for that name: they are woken in the transaction that sends.
 """
 
 from __future__ import annotations
@@ -97,9 +98,14 @@ def _send(txn: Txn, name: str, target: str, payload: str) -> None:
     at = now()
     txn.put(_COUNT, str(number))
     txn.put(
-        f"e/{in_key(name)}/{target}/{number:016d}",
+        f"ev/{in_key(name)}/{target}/{number:016d}",
         orjson.dumps({"name": name, "payload": payload, "at": at}).decode(),
     )
+    carried = codec.decode(payload)
+    for _, text in list(txn.scan(f"wn/{in_key(name)}/" if target == _ANY else f"wn/{in_key(name)}/{target}/")):
+        row = orjson.loads(text)
+        if row["match"] is None or _has(carried, codec.decode(row["match"])):
+            txn.put(rundocs.wake_key(row["run"]), row["run"])
 
 
 def _check_name(name: Any, what: str) -> None:
@@ -150,15 +156,24 @@ def _wait(call: Call, names: list[str], match: Match, limit: float | None) -> Wa
         at = ex.clock()
         facts = {"names": names, "at": at, "deadline": None if limit is None else at + limit, "outcome": None}
         text = orjson.dumps(facts).decode()
-        ex.journal.commit([Put(key, text), *ex.only_waits(enclosing(call))], fence=ex.fence)
+        # A function is asked by the run itself: it is woken whatever comes.
+        own = codec.encode(dict(match), where="match") if isinstance(match, Mapping) else None
+        row = orjson.dumps({"run": ex.run_id, "match": own}).decode()
+        places = [Put(place, row) for place in waiting_for(key, names)]
+        ex.journal.commit([Put(key, text), *places, *ex.only_waits(enclosing(call))], fence=ex.fence)
     document = orjson.loads(text)
     ex.asked_tasks.add(key)
-    call.extra_ops = (*call.extra_ops, Drop(key))
+    call.extra_ops = (*call.extra_ops, Drop(key), *(Drop(place) for place in waiting_for(key, names)))
     deadline = document["deadline"]
     info = {"kind": "event", "id": call.occ, "name": ", ".join(names), "names": names, "deadline": deadline}
     info["command"] = f"send_event({names[0]!r}, ..., run_id={ex.run_id!r})"
     receiver = _Receiver(ex, key, names, match, deadline)
     return Wait(receiver.check, info, deadline)
+
+
+def waiting_for(key: str, names: list[str]) -> list[str]:
+    """Where it stands that a wait (its row's key) is open, for each name that it waits for."""
+    return [f"wn/{in_key(name)}/{key.removeprefix('w/')}" for name in names]
 
 
 class _Receiver:
@@ -167,7 +182,7 @@ class _Receiver:
     def __init__(self, ex: Execution, key: str, names: list[str], match: Match, deadline: float | None) -> None:
         self._ex = ex
         self._key = key
-        self._prefixes = [f"e/{in_key(name)}/{target}/" for name in names for target in (ex.key, _ANY)]
+        self._prefixes = [f"ev/{in_key(name)}/{target}/" for name in names for target in (ex.key, _ANY)]
         self._match = match
         self._deadline = deadline
         self._seen: str | None = "?"
@@ -228,7 +243,7 @@ class _Receiver:
         payload = codec.decode(event["payload"])
         if callable(self._match):
             return bool(self._match(payload))
-        return all(_field(payload, name) == value for name, value in self._match.items())
+        return _has(payload, self._match)
 
     def _take(self, txn: Txn, key: str, number: str) -> dict[str, Any] | None:
         document = self._mine(txn)
@@ -256,6 +271,10 @@ class _Receiver:
         if self._ex.fence is not None:
             txn.check(self._ex.fence)
         return dict(orjson.loads(txn.get(self._key) or '{"outcome":null}'))
+
+
+def _has(payload: Any, fields: Mapping[str, Any]) -> bool:
+    return all(_field(payload, name) == value for name, value in fields.items())
 
 
 def _field(payload: Any, name: str) -> Any:
@@ -286,8 +305,9 @@ def give_back(ex: Execution) -> list[Op]:
     """
     ops: list[Op] = []
     for key, text in ex.journal.scan(f"w/{ex.key}/"):
-        outcome = orjson.loads(text)["outcome"]
-        ops.append(Drop(key))
+        document = orjson.loads(text)
+        outcome = document["outcome"]
+        ops += [Drop(key), *(Drop(place) for place in waiting_for(key, document["names"]))]
         if outcome is not None and not outcome.get("expired"):
             event = {name: outcome[name] for name in ("name", "payload", "at")}
             ops.append(Put(outcome["key"], orjson.dumps(event).decode()))

@@ -16,7 +16,7 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from agentflow import budgets, closing, codec, opening, rundocs
+from agentflow import budgets, closing, codec, opening, rundocs, typecheck
 from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine, stop_paying
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.context import Context
@@ -226,16 +226,18 @@ class Workflow(Generic[P, T]):
         journal = open_journal()
         return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
 
-    @property
-    def blocking(self) -> bool:
-        """Whether its function is plain code."""
-        return self._definition.blocking
+    def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+        named = self._copy(replace(self._definition.options, run_id=document["id"], fresh=False))
+        return named._run(self.accepted(codec.decode(document["input"])))
 
-    def again(self, document: dict[str, Any], rerun: tuple[str, ...] = ()) -> Coroutine[Any, Any, Any]:
-        """Go on with the run of this document, doing the steps anew whose ids are given."""
-        now = self._definition.options
-        named = self._copy(replace(now, run_id=document["id"], fresh=False, rerun=rerun or now.rerun))
-        return named._run(codec.decode(document["input"]))
+    def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, checked against the function's annotations."""
+        return typecheck.arguments(self.fn, self.name, arguments)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the function's arguments after the context."""
+        return list(self._definition.signature.parameters)
 
     async def _run(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
         if self._definition.blocking:

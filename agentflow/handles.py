@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Generator
+import os
+from collections.abc import Generator, Mapping
 from decimal import Decimal
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, rundocs
+from agentflow import codec, control, redo, rundocs
 from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.context import view
@@ -17,8 +19,14 @@ from agentflow.journal import Journal
 from agentflow.records import StepRecord, moment, money
 from agentflow.run import PlanStep
 
+if TYPE_CHECKING:
+    from agentflow.rundiff import RunDiff
+
 # The workflows defined in this process, by name: a run finds its code here when it is awaited.
 workflows: dict[str, Any] = {}
+
+
+_UNSET: Any = object()
 
 
 class Plan:
@@ -154,38 +162,133 @@ class Run:
                 context.run(run_coroutine, self._workflow.again(self._document))
         return _Cancelled(self._journal, rundocs.find(self._journal, self.id), self._workflow)
 
-    def retry(self, *, from_step: str | None = None) -> Any:
-        """Go on with the run and give its result: ``await run.retry(from_step="draft")``; in plain code without await.
+    @property
+    def parent(self) -> str | None:
+        """The id of the run that this one is a fork of, else None."""
+        return self._document.get("parent")
+
+    @property
+    def forked_at(self) -> str | None:
+        """The step from which on a fork does everything anew; None where it took along all records."""
+        return self._document.get("forked_at")
+
+    def retry(self, from_step: str | None = None, *, results: Mapping[str, Any] | None = None) -> Run:
+        """Let the run go on from a step: ``result = await run.retry(from_step="draft")``.
+
+        That step and those that started after it had ended are done anew, earlier ones are replayed; steps with an
+        ``idempotency_key`` keep their result unless it is ``from_step`` itself. Nothing is run before the run is
+        awaited (or ``run_sync()`` is called, or a worker takes it up): until then its status is interrupted.
 
         Args:
-            from_step: a step's name or id: its record and those of all steps that were started after it are dropped,
-                and done anew where the code asks for them. Of several of that name the first counts. None: as
-                ``await run``, what is recorded stays, and a failed step is tried again.
+            from_step: name or id of a recorded step; of several of one name the first. None: where the run failed.
+            results: for steps, by name or id, the result to go on with instead of running them: the answer of a model
+                call, a ``Decision`` (or True or False) of a human task. A step that is skipped so is not undone either.
+
+        Returns:
+            This run.
 
         Raises:
-            UsageError: there is no such step, or the workflow is not defined in this program.
+            UsageError: no such step, or there is nothing to retry.
+            RunBusy: a process is running it.
+            RunCancelled: it was cancelled.
         """
-        rerun: tuple[str, ...] = ()
-        if from_step is not None:
-            rows = rundocs.rows(self._journal, self.id, undone=True)
-            first = next((row for row in rows if from_step in (row.head["name"], row.head["occ"])), None)
-            if first is None:
-                names = ", ".join(dict.fromkeys(repr(row.head["name"]) for row in rows)) or "none"
-                raise UsageError(f"retry(from_step={from_step!r}): run {self.id} has no such step. It has: {names}.")
-            rerun = tuple(row.head["occ"] for row in rows if row.head["s0"] >= first.head["s0"] and not row.undone)
-        resumed = self._code().again(rundocs.find(self._journal, self.id), rerun)
-        return run_coroutine(resumed) if self._code().blocking else resumed
+        self._document = redo.retry(self._journal, self._document, from_step, results)
+        return self
 
-    def _code(self) -> Any:
+    def fork(
+        self, from_step: str | None = None, *, input: Any = _UNSET, results: Mapping[str, Any] | None = None
+    ) -> Run:
+        """A new run that begins with this one's records: ``result = await run.fork(from_step="draft", input=other)``.
+
+        The records before ``from_step`` are copied and cost nothing; what this run did is never undone by the fork.
+        The fork has an id of its own and remembers this run as its ``parent``. Nothing runs before it is awaited.
+
+        Args:
+            from_step: name or id of the first step to do anew, as in ``retry``. None: all records are taken along, and
+                what is reused follows from what the steps are given.
+            input: the fork's input: the only argument, or a dict of the arguments to change. Not given: the same.
+            results: as in ``retry``.
+
+        Raises:
+            UsageError: no such step, or an input that the workflow does not take.
+        """
+        arguments = None
+        if input is not _UNSET:
+            flow = self._workflow
+            arguments = redo.arguments_of(self._document, input, None if flow is None else flow.parameters)
+            arguments = arguments if flow is None else flow.accepted(arguments)
+        made = redo.fork(self._journal, self._document, from_step, arguments, results)
+        return Run(self._journal, made, self._workflow)
+
+    def diff(self, other: Run | str) -> RunDiff:
+        """Where this run and another part; ``print(run.diff(other))`` is readable at 80 columns.
+
+        Steps are compared by what they were given and gave, wherever they stand; equal ones belong together first.
+
+        Args:
+            other: a run, or an id.
+
+        Returns:
+            ``RunDiff``, true when they differ: ``first`` (the first step that differs), ``steps`` (each with ``name``,
+            ``state``, ``given`` or prompt and ``output`` as differences), ``input``, ``output``, ``cost``.
+        """
+        from agentflow import rundiff
+
+        if not isinstance(other, Run):
+            other = Run(self._journal, rundocs.find(self._journal, other))
+        costs = {self.id: self.cost, other.id: other.cost}
+        return rundiff.diff(self._journal, self._document, other._document, lambda document: costs[document["id"]])
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the run to one file: JSON, or with the ending ``.html`` a page that needs nothing else.
+
+        It holds inputs, outputs, prompts, replies and decisions; known key patterns and what ``configure(redact=)``
+        names are masked. The file is readable by you alone. An existing one is replaced.
+
+        Args:
+            path: the file. Its directory has to exist.
+
+        Returns:
+            The file's path.
+        """
+        from agentflow import export
+
+        return export.export(self._journal, self._document, self.summary(), path)
+
+    def as_tree(self) -> dict[str, Any]:
+        """What ``export`` writes as JSON."""
+        from agentflow import export
+
+        return export.tree(self._journal, self._document, self.summary())
+
+    def summary(self) -> dict[str, Any]:
+        """The run as plain data: id, workflow, status, parent, times, costs, input, output and error."""
+        names = (
+            "id", "workflow", "status", "parent", "forked_at", "started_at", "completed_at", "cost", "saved", "input",
+            "output", "error", "waiting_on",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def run_sync(self) -> Any:
+        """``await run`` for plain code."""
+
+        async def go_on() -> Any:
+            return await self
+
+        return run_coroutine(go_on())
+
+    def __await__(self) -> Generator[Any, Any, Any]:
         if self._workflow is None:
             raise UsageError(
                 f"run {self.id}: its workflow {self.workflow!r} is not defined in this program; import it first."
             )
-        return self._workflow
+        return self._go_on(self._workflow).__await__()
 
-    def __await__(self) -> Generator[Any, Any, Any]:
-        resumed: Generator[Any, Any, Any] = self._code().again(self._document).__await__()
-        return resumed
+    async def _go_on(self, workflow: Any) -> Any:
+        try:
+            return await workflow.again(self._document)
+        finally:
+            self._document = rundocs.find(self._journal, self.id)
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.status}>"

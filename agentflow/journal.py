@@ -186,6 +186,10 @@ class Journal:
         """
         return self._reads.rows(prefix, from_rowid, limit)
 
+    def version(self) -> int:
+        """A number that changes whenever anybody commits, to be compared within one thread. Costs no disk access."""
+        return self._reads.version()
+
     def problems(self) -> list[str]:
         """Rows met so far that no journal has written. They are never decoded and count as absent."""
         return list(self._reads.problems.values())

@@ -131,6 +131,15 @@ def alive(owner: Owner, *, now: float | None = None) -> bool:
     return _start_of(owner.pid) == owner.start
 
 
+def gone(owner: Owner) -> bool:
+    """Whether the process is known to have ended; one on another machine is not."""
+    _, _, host, boot, _ = _myself()
+    if owner.host != host or owner.boot == boot:
+        return owner.host == host and _start_of(owner.pid) != owner.start
+    # In another process namespace of the same boot it may well be there.
+    return owner.boot.partition("/")[0] != boot.partition("/")[0]
+
+
 def holder(journal: Journal, key: str) -> Owner | None:
     """Who holds the lease, or held it last; None when nobody ever did. Ask ``alive`` which it is."""
     return _load(journal.get(key))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,6 +17,7 @@ from agentflow import codec, human, rundocs, typecheck
 from agentflow.budgets import RunBudget
 from agentflow.calls import Suspend, here
 from agentflow.capture import data_digest
+from agentflow.children import note_caller
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
 from agentflow.errors import (
@@ -29,6 +31,9 @@ from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
 from agentflow.settings import log, now, settings
+
+# The runs that this process executes; those that have ended are in it until they are collected.
+executing: weakref.WeakSet[Execution] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,7 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
         run_id=run_id,
     )
     try:
+        note_caller(journal, run_id, lease)
         stored = rundocs.read(journal, run_id)
         if new and stored is not None and stored["created_at"] == document["created_at"]:
             prior = None
@@ -221,12 +227,15 @@ def take_up(
             document.pop("error", None)
         note_budget(flow, document)
         set_deadline(flow, document, prior)
-        ops += rundocs.write(document, "running")
+        if document.get("results") and options.rerun:
+            document["results"] = {k: v for k, v in document["results"].items() if k not in options.rerun}
+        ops += [*rundocs.write(document, "running"), Drop(rundocs.wake_key(run_id))]
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
     ex.fence, ex.lease = lease.fence, lease
     ex.deadline = document.get("deadline")
     ex.cancelling = bool(document.get("cancelling"))
+    executing.add(ex)
     if prior is not None:
         ex.load_marks()
     return Opened(flow, ex, document, lease, arguments)
@@ -258,6 +267,7 @@ def execution(
         ex.undoing = bool(document.get("undoing"))
         ex.same_code = document.get("code") == code_digest(flow)
         ex.input_text = document["input"]
+        ex.results = document.get("results", {})
         ex.prior = prior
         ex.records.load()
     return ex

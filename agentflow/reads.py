@@ -84,6 +84,10 @@ class Reads:
             self._local.reader = reader
         return reader.con
 
+    def version(self) -> int:
+        """Changes whenever anybody commits. Costs no access to the disk; compare within one thread."""
+        return int(self._connection().execute("PRAGMA data_version").fetchone()[0])
+
     def get(self, key: str) -> str | None:
         row = self._connection().execute("SELECT mode, value FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
         value = None if row is None else self._text(key, row[0], row[1])

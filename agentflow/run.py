@@ -104,6 +104,7 @@ class Execution:
     input_text: str = ""
     stay: bool = False
     suspended: bool = False
+    halted: bool = False
     closed: bool = False
     stopping: bool = False
     deadline: float | None = None
@@ -138,6 +139,8 @@ class Execution:
     undo_failed: bool = False
     waits: list[Any] = field(default_factory=list)
     asked_tasks: set[str] = field(default_factory=set)
+    results: dict[str, str] = field(default_factory=dict)
+    results_used: set[str] = field(default_factory=set)
     unstarted: list[str] = field(default_factory=list)
     batches: Any = None
     counted: dict[str, Any] = field(default_factory=dict)  # replies: the attempt their cost is counted for
@@ -470,7 +473,11 @@ class Execution:
             split = {model: Decimal(part) for model, part in head.get("by_model", {}).items()}
             split = split or {costs.model_of(call.request): Decimal(cost)}
             self.saved(call.name if outer is None else costs.outermost(outer), split)
-        if call.options.compensate is not None or head.get("undoes"):
+        # What another run did, or nobody, is not undone here.
+        own = "from" not in head and "supplied" not in head
+        undoes = head.get("undoes") and own
+        compensates = call.options.compensate is not None and own
+        if compensates or undoes:
             self._undoes(outer)
         if head.get("ai"):
             lent = not self.scratch and head["s0"][0] < self.number
@@ -486,11 +493,19 @@ class Execution:
         value = codec.decode(row.output)
         if call.finish is not None:
             value = call.finish(value)
-        if head.get("undoes"):
+        if undoes:
             self.compensations.append((call, None, head))
-        if call.options.compensate is not None and call.slot is not None:
+        if compensates and call.slot is not None:
             self.compensations.append((call, call.slot, value))
         return value
+
+    def given_result(self, call: Call) -> str | None:
+        """The result that somebody gave for a step, by its name or id, when the run was retried or forked."""
+        for name in (call.name, call.occ):
+            if name in self.results:
+                self.results_used.add(name)
+                return self.results[name]
+        return None
 
     def finished(self, call: Call, slot: Slot, head: dict[str, Any], value: Any) -> Any:
         """After the record is durable: count it and hand out the value."""
@@ -500,7 +515,7 @@ class Execution:
             self.totals.ran += 1
         if call.finish is not None:
             value = call.finish(value)
-        if call.options.compensate is not None:
+        if call.options.compensate is not None and "supplied" not in head:
             self._undoes(call.here.outer)
             self.compensations.append((call, slot, value))
         return value
@@ -750,6 +765,11 @@ class Execution:
     def missed(self, call: Call) -> None:
         """Remember what was asked for while a record of that name lay unused: the end says so."""
         self._missed[call.ident[:NS]] = call.given
+
+    def unused(self) -> list[str]:
+        """The ids of recorded steps of the body that a finished execution never asked for: of earlier code, say."""
+        slots = (s for s in self.records if not s.claimed and s.ident.startswith("r") and self.newest(s) is not None)
+        return [slot.id for slot in itertools.islice(slots, 10_000)]
 
     def unasked(self) -> list[str]:
         """Lines on recorded steps of the body that this execution never asked for."""

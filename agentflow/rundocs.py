@@ -28,6 +28,10 @@ def write(document: dict[str, Any], status: str) -> list[Any]:
     before = document.get("status")
     if before is not None and before != status:
         ops.append(Drop(_index(document, before)))
+    if before == "waiting" and status != "waiting" and (due := document.pop("due", None)) is not None:
+        ops.append(Drop(_due_key(document, due)))
+    if status == "waiting" and document.get("due") is not None:
+        ops.append(Put(_due_key(document, document["due"]), document["id"]))
     document["status"] = status
     ops += [
         Put(f"r/{in_key(document['id'])}", orjson.dumps(document).decode()),
@@ -38,6 +42,29 @@ def write(document: dict[str, Any], status: str) -> list[Any]:
 
 def _index(document: dict[str, Any], status: str) -> str:
     return f"x/{status}/{int(document['created_at'] * 1000):014d}-{in_key(document['id'])}"
+
+
+def index_key(document: dict[str, Any]) -> str:
+    """Where a run stands among those of its status."""
+    return _index(document, document["status"])
+
+
+def erase(document: dict[str, Any]) -> list[Any]:
+    """Operations that remove a document from the journal and its indexes."""
+    ops = [Drop(f"r/{in_key(document['id'])}"), Drop(_index(document, document["status"]))]
+    return ops if document.get("due") is None else [*ops, Drop(_due_key(document, document["due"]))]
+
+
+def _due_key(document: dict[str, Any], due: float) -> str:
+    return f"due/{int(due * 1000):014d}-{in_key(document['id'])}"
+
+
+def wake_key(run_id: str) -> str:
+    """Where it stands that something has come for a waiting run; taken away when the run is taken up or ends.
+
+    Whoever records an answer or an event puts the run's id there in the same transaction.
+    """
+    return f"wake/{in_key(run_id)}"
 
 
 def status_of(journal: Journal, document: dict[str, Any]) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Sequence
 
+from agentflow import purge as purge_
 from agentflow import rundocs
+from agentflow.durations import Duration
 from agentflow.handles import Run
 from agentflow.scratch import open_journal
 
@@ -39,3 +42,29 @@ def get(run_id: str) -> Run:
     """
     journal = open_journal()
     return Run(journal, rundocs.find(journal, run_id))
+
+
+def purge(
+    *,
+    older_than: Duration,
+    status: str | Sequence[str] | None = None,
+    workflow: str | None = None,
+    dry_run: bool = False,
+) -> purge_.Purged:
+    """Remove the records of runs that have ended long ago. What they paid for is forgotten with them.
+
+    Results that an ``idempotency_key`` names and the vectors of ``embed`` stay, whichever run made them. Runs that a
+    process is executing stay, and so do runs started inside one that stays. The files do not shrink; the space is
+    used again.
+
+    Args:
+        older_than: seconds or a duration such as ``"30d"``, since the run ended (or began, if it has not ended).
+        status: a status or several of completed, failed, cancelled, waiting and interrupted. None: completed, failed
+            and cancelled ones.
+        workflow: only runs of the workflow of this name. None: all.
+        dry_run: True removes nothing and tells what would be removed.
+
+    Returns:
+        ``Purged``: ``runs`` (ids), ``rows``, ``kept`` (ids that stay although they are old enough, with the reason).
+    """
+    return purge_.purge(open_journal(), older_than=older_than, status=status, workflow=workflow, dry_run=dry_run)

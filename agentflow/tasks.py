@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import human, taskdocs
+from agentflow import human, rundocs, taskdocs
 from agentflow.durations import words
 from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
@@ -126,6 +126,7 @@ def _decide(task_id: str, approved: bool, by: str | None, comment: str | None, d
         decided: dict[str, Any] = taskdocs.noted(document | answered, answered["status"], at, **more)
         txn.put(f"h/{document['id']}", orjson.dumps(decided).decode())
         txn.drop(human.open_key(document))
+        txn.put(rundocs.wake_key(document["run_id"]), document["run_id"])
         return decided
 
     return human.task_of(journal.guarded(decide))

@@ -49,7 +49,7 @@ def waiting_for(name: Any = "paid", **options: Any) -> Any:
 
 def left(journal: Journal) -> int:
     """How many events nobody has received."""
-    return sum(1 for _ in journal.scan("e/"))
+    return sum(1 for _ in journal.scan("ev/"))
 
 
 # -- whichever comes first -----------------------------------------------------------------------
@@ -397,7 +397,7 @@ async def test_event_sent_by_a_workflow_is_sent_once_however_often_its_code_runs
     for _ in range(3):
         await flow.start()
         again()
-    assert sorted(key.split("/")[1] for key, _ in journal.scan("e/")) == ["body", "body", "step"] and len(tried) == 2
+    assert sorted(key.split("/")[1] for key, _ in journal.scan("ev/")) == ["body", "body", "step"] and len(tried) == 2
 
 
 async def test_suspending_run_sends_nothing_on_its_way_out(journal: Journal) -> None:
@@ -570,7 +570,7 @@ def test_sender_killed_at_any_moment_has_sent_or_has_not(tmp_path: Path, journal
             time.sleep(0.002)
         process.kill()
         process.communicate()
-    sent = [events_.orjson.loads(text)["payload"] for _, text in journal.scan("e/")]
+    sent = [events_.orjson.loads(text)["payload"] for _, text in journal.scan("ev/")]
     noted = set(notes(tmp_path))
     # Sent at least what was noted, at most one more, nothing twice and nothing left out.
     assert sent == [str(n) for n in range(len(sent))] and len(noted) <= len(sent) <= len(noted) + 1

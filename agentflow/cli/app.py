@@ -12,12 +12,12 @@ import typer
 
 import agentflow
 from agentflow import errors, layout
-from agentflow.cli import cost, demo, output, runs, tasks
+from agentflow.cli import cost, demo, doctor, journal, output, runs, tasks, worker
 from agentflow.redact import redact
 from agentflow.settings import configure, settings
 
 app = typer.Typer(
-    help="Durable AI workflows: look at runs, answer what they ask people, see the demo.",
+    help="Durable AI workflows: look at runs, go on with them, answer what they ask people.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -27,6 +27,9 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(tasks.app, name="tasks")
 app.command("cost")(cost.cost)
 app.command("demo")(demo.demo)
+app.add_typer(journal.app, name="journal")
+app.command("worker")(worker.worker)
+app.command("doctor")(doctor.doctor)
 
 # The first that fits; whatever else agentflow raises on purpose is a plain failure.
 _CODES = (

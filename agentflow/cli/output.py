@@ -10,14 +10,18 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-import orjson
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agentflow.redact import redact, redact_value
+from agentflow.redact import redact
 from agentflow.scratch import open_journal
 from agentflow.settings import settings
+from agentflow.shown import json_text
+
+__all__ = [
+    "cell", "clean", "console", "data", "dollars", "fields", "has_journal", "json_text", "table", "when", "words",
+]  # fmt: skip
 
 STYLES = {
     **{"completed": "green", "approved": "green", "answered": "green", "running": "cyan", "waiting": "yellow"},
@@ -86,30 +90,6 @@ def words(text: str) -> None:
 def data(value: Any) -> None:
     """JSON on stdout."""
     sys.stdout.write(json_text(value, indent=True) + "\n")
-
-
-def json_text(value: Any, *, indent: bool = False) -> str:
-    """JSON for people and programs: no type tags, no secrets."""
-    tree = orjson.loads(orjson.dumps(_plain(value), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME))
-    return orjson.dumps(redact_value(tree), option=orjson.OPT_INDENT_2 if indent else 0).decode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | float):
-        return value
-    if isinstance(value, int):
-        return value if -(2**63) <= value < 2**64 else str(value)
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if hasattr(value, "model_dump"):
-        return _plain(value.model_dump())
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    return str(value)
 
 
 def dollars(value: Decimal | None) -> float | None:
