@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,8 +14,10 @@ from agentflow import schema
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
 from agentflow.providers.common import asking, use_transport
+from agentflow.redact import redact
+from agentflow.scripted import NOTHING, Billed, Script, When, bill, shown, when
 
-__all__ = ["FakeModel", "reply_body", "request_of", "sse"]
+__all__ = ["Billed", "FakeModel", "When", "reply_body", "request_of", "sse", "when"]
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
@@ -27,17 +29,22 @@ class FakeModel:
     The real SDKs run and the replies have the providers' shape, so what is tested is what runs.
 
     Args:
-        replies: one for each call, in the order in which they arrive, or one function that answers
-            all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
+        replies: one for each call, in the order in which they arrive; among them ``when(condition, reply)`` for
+            the requests that fit the condition, whenever they come (branches of a fan-out have no order). Or a
+            dict from a text to the reply for all requests whose last message holds it. Or one function that
+            answers all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
             provider's reply as a dict, sent as it is; an HTTP status or a ``ModelError`` to fail
             with; ``Truncated("text so far")``, ``Refused(...)``, ``ContentFiltered(...)``; a
             ``ConnectionError`` or ``TimeoutError``; or a function, also async, that is given the
             request and returns any of these.
         delay: seconds before each answer.
+        all_used: False lets replies be left over, as in a test that a second call never comes.
 
     ``embed`` needs no replies: vectors are made from the texts, and ``embedded`` lists what each request asked.
-    ``calls`` lists the requests that arrived. A call without a reply left fails with status 400, and
-    leaving the block fails too, so that it is seen even if the code under test swallowed it.
+    ``calls`` lists the requests that arrived, each with the ``status`` and ``reply`` it was answered with;
+    ``billed`` those that a provider would have charged for, with usage and cost. A call without a reply left
+    fails with status 400, and leaving the block fails too, so that it is seen even if the code under test
+    swallowed it; so does a reply that nobody asked for. Both show what it was about.
 
     >>> import asyncio
     >>> from agentflow.providers import openai
@@ -47,14 +54,22 @@ class FakeModel:
     ('Hello!', 'Hi')
     """
 
-    def __init__(self, replies: Sequence[Any] | Callable[[Request], Any], *, delay: float = 0) -> None:
-        if isinstance(replies, str | bytes) or not (callable(replies) or isinstance(replies, Sequence)):
-            raise UsageError('FakeModel takes a list of replies or a function: FakeModel(["Hello!"]).')
-        self.replies = replies if callable(replies) else list(replies)
+    def __init__(
+        self,
+        replies: Sequence[Any] | Mapping[str, Any] | Callable[[Request], Any],
+        *,
+        delay: float = 0,
+        all_used: bool = True,
+    ) -> None:
+        if isinstance(replies, str | bytes) or not (callable(replies) or isinstance(replies, Sequence | Mapping)):
+            raise UsageError('FakeModel takes a list of replies, a dict or a function: FakeModel(["Hello!"]).')
+        self.replies = replies if callable(replies) or isinstance(replies, Mapping) else list(replies)
         self.delay = delay
+        self.all_used = all_used
         self.calls: list[Request] = []
         self.embedded: list[list[str]] = []
         self.unexpected: list[Request] = []
+        self._script = Script(replies)
         self._before: Any = None
 
     def __enter__(self) -> FakeModel:
@@ -67,13 +82,38 @@ class FakeModel:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         use_transport(self._before)
-        if self.unexpected and kind is None:
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Fail if a call came that no reply was given for, or a reply was given that no call came for.
+
+        Leaving the ``with`` block does this.
+
+        Raises:
+            AssertionError: shows the request, or the replies.
+        """
+        if self.unexpected:
             raise AssertionError(self._too_many(self.unexpected[0]))
+        if self.all_used and (unused := self._script.unused()):
+            asked = (
+                "\n".join(f"  asked: {redact(call['text'])[:80]!r}" for call in self.calls[-5:])
+                or "  nothing was asked"
+            )
+            raise AssertionError(
+                f"FakeModel: {len(unused)} of its replies were not asked for, "
+                f"{len(self.calls)} calls came:\n" + "".join(f"  not used: {one}\n" for one in unused[:5]) + asked
+            )
 
     @property
     def remaining(self) -> int:
         """How many scripted replies were not asked for."""
-        return 0 if callable(self.replies) else max(0, len(self.replies) - len(self.calls))
+        return len(self._script.unused())
+
+    @property
+    def billed(self) -> list[Billed]:
+        """The calls a provider would have charged for, in the order they arrived: request, usage, cost in dollars."""
+        return [found for call in self.calls if (found := bill(call)) is not None]
 
     async def _answer(self, request: Any) -> Any:
         import httpx2
@@ -84,11 +124,10 @@ class FakeModel:
         asked["provider"] = asking.get() or asked["provider"]
         self.calls.append(asked)
         number = len(self.calls)
-        if not callable(self.replies) and number > len(self.replies):
+        reply: Any = self._script.take(asked)
+        if reply is NOTHING:
             self.unexpected.append(asked)
-            reply: Any = ModelError(self._too_many(asked), status=400, code="unexpected_call")
-        else:
-            reply = self.replies if callable(self.replies) else self.replies[number - 1]
+            reply = ModelError(self._too_many(asked), status=400, code="unexpected_call")
         if self.delay:
             await asyncio.sleep(self.delay)
         if callable(reply) and not isinstance(reply, type):
@@ -101,6 +140,7 @@ class FakeModel:
             raise httpx2.ConnectError(str(reply) or "connection refused", request=request)
         status, headers, body = _response(asked, reply, number)
         headers = {"x-request-id": f"req_fake_{number}", **headers}
+        asked |= {"status": status, "reply": body}
         if status == 200 and asked["body"].get("stream"):
             text = sse(asked, body)
             return httpx2.Response(status, headers={"content-type": "text/event-stream", **headers}, text=text)
@@ -117,8 +157,8 @@ class FakeModel:
 
     def _too_many(self, asked: Request) -> str:
         return (
-            f"FakeModel: unexpected call {len(self.calls)}, only {len(self.replies)} replies were given "  # type: ignore[arg-type]
-            f"({asked['provider']}:{asked['model']}, {asked['text'][:80]!r})"
+            f"FakeModel: unexpected call {len(self.calls)}, only {self._script.count} replies were given "
+            f"({asked['provider']}:{asked['model']}, {redact(asked['text'])[:80]!r}). The request:\n{shown(asked)}"
         )
 
 
