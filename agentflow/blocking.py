@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, here
+from agentflow.clock import pass_time
 from agentflow.drive import PENDING, Wait, inside, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
@@ -117,6 +118,9 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                     ex.turn.notify_all()
                 if ex.suspended:
                     raise Suspend
+                if ex.going <= 0 and pass_time(waits, now):
+                    ex.turn.notify_all()
+                    continue
                 left = wait.due - now if wait is not None and wait.due is not None else pause
                 ex.turn.wait(max(0.0, min(pause, left)))
             pause = min(pause * 2, 0.25)

@@ -15,11 +15,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentflow.calls import Call, Current, Here, Suspend, enclosing, here
+from agentflow.clock import FakeClock, pass_time
 from agentflow.engine import keep_late, process
 from agentflow.errors import JournalError, NotRecordable, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
-from agentflow.settings import log
+from agentflow.settings import log, settings
 from agentflow.workers import in_flight, threads
 
 PENDING: Any = object()
@@ -319,7 +320,11 @@ async def _watch(ex: Execution) -> None:
                 if not future.done():
                     future.set_exception(Suspend())
             return
-        due = [wait.due - now for wait, _ in ex.parked.values() if wait is not None and wait.due is not None]
+        waits = [wait for wait, _ in ex.parked.values()]
+        if isinstance(settings.clock, FakeClock) and await _still_idle(ex) and pass_time(waits, now):
+            pause = 0.0
+            continue
+        due = [wait.due - now for wait in waits if wait is not None and wait.due is not None]
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from agentflow import journal as journals
 from agentflow.drive import drive
 from agentflow.journal import Journal
 from agentflow.layout import default_path
@@ -25,3 +28,11 @@ def scratch() -> Execution:
         scope.number = int(scope.session)
         _scopes[journal.id] = scope
     return scope
+
+
+def forget(folder: Path) -> None:
+    """Close this process's journals in a directory and below it, which then can be removed."""
+    for journal in list(journals._journals.values()):
+        if journal.path.is_relative_to(folder):
+            _scopes.pop(journal.id, None)
+            journal.close()

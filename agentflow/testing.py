@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentflow import schema
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
@@ -17,7 +18,36 @@ from agentflow.providers.common import asking, use_transport
 from agentflow.redact import redact
 from agentflow.scripted import NOTHING, Billed, Script, When, bill, shown, when
 
-__all__ = ["Billed", "FakeModel", "When", "reply_body", "request_of", "sse", "when"]
+if TYPE_CHECKING:
+    from agentflow.clock import FakeClock
+    from agentflow.people import FakePeople, Reject
+    from agentflow.recordings import NotRecorded, Recording, export_recording
+
+__all__ = [
+    "Billed",
+    "FakeClock",
+    "FakeModel",
+    "FakePeople",
+    "NotRecorded",
+    "Recording",
+    "Reject",
+    "When",
+    "export_recording",
+    "reply_body",
+    "request_of",
+    "sse",
+    "when",
+]
+
+# Found here, kept in modules of their own, loaded when they are first used.
+_HOME = {
+    "FakeClock": "clock",
+    "FakePeople": "people",
+    "NotRecorded": "recordings",
+    "Recording": "recordings",
+    "Reject": "people",
+    "export_recording": "recordings",
+}
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
@@ -160,6 +190,12 @@ class FakeModel:
             f"FakeModel: unexpected call {len(self.calls)}, only {self._script.count} replies were given "
             f"({asked['provider']}:{asked['model']}, {redact(asked['text'])[:80]!r}). The request:\n{shown(asked)}"
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"agentflow.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _made_up_vector(text: str, dimensions: int) -> list[float]:
