@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -156,6 +157,10 @@ class _Portal:
     """One loop in a daemon thread, for async functions that plain code calls."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin without a loop, as in a child process, where the thread of its parent's is not."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
@@ -212,6 +217,8 @@ def _copy(task: asyncio.Task[Any], future: Future[Any]) -> None:
 
 
 portal = _Portal()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=portal.begin)
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:

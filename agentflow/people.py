@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from agentflow import tasks
-from agentflow.blocking import run_coroutine
 from agentflow.clock import FakeClock
 from agentflow.errors import UsageError, Waiting
 from agentflow.records import HumanTask
@@ -77,7 +76,12 @@ class FakePeople:
         Raises:
             Waiting: somebody is asked for whom there is no answer, or an event is missing.
         """
-        return run_coroutine(self.arun(workflow, *args, **kwargs))
+        for _ in range(_ROUNDS):
+            try:
+                return workflow.run_sync(*args, **kwargs)
+            except Waiting as waiting:
+                self._go_on(waiting)
+        raise self._endless(workflow)
 
     async def arun(self, workflow: Any, *args: Any, **kwargs: Any) -> Any:
         """``run`` for coroutines."""
@@ -85,9 +89,15 @@ class FakePeople:
             try:
                 return await workflow.run(*args, **kwargs)
             except Waiting as waiting:
-                if not self.decide() and not _let_time_pass(waiting):
-                    raise
-        raise UsageError(f"{workflow!r} still waits after {_ROUNDS} rounds of answers: does it ask in a loop?")
+                self._go_on(waiting)
+        raise self._endless(workflow)
+
+    def _go_on(self, waiting: Waiting) -> None:
+        if not self.decide() and not _let_time_pass(waiting):
+            raise waiting
+
+    def _endless(self, workflow: Any) -> UsageError:
+        return UsageError(f"{workflow!r} still waits after {_ROUNDS} rounds of answers: does it ask in a loop?")
 
 
 def _let_time_pass(waiting: Waiting) -> bool:

@@ -199,7 +199,7 @@ def export_recording(run_id: str, path: str | os.PathLike[str]) -> int:
         path: the file, which must not exist yet.
 
     Replies that an edit has superseded are in it too; a test reports them as unused, and
-    ``--agentflow-record=once`` removes them. Secrets are masked.
+    ``--agentflow-record=once`` removes them. Secrets are masked. Embeddings are left out.
 
     Raises:
         RunNotFound: there is no such run.
@@ -211,7 +211,9 @@ def export_recording(run_id: str, path: str | os.PathLike[str]) -> int:
     journal = open_journal()
     known = run_id if run_id == "scratch" else str(rundocs.find(journal, run_id)["id"])
     found = [json.loads(text) for _, text in journal.scan(f"m/{in_key(known)}/")]
-    calls = [_exported(raw) for raw in sorted(found, key=lambda raw: str(raw["at"])) if "request" in raw]
+    # Texts and vectors of embeddings stand elsewhere in the journal: these records do not hold what was sent.
+    found = [raw for raw in found if not (isinstance(raw["body"], dict) and isinstance(raw["body"].get("data"), int))]
+    calls = [_exported(raw) for raw in sorted(found, key=lambda raw: str(raw["at"]))]
     if not calls:
         raise UsageError(f"run {known} in {journal.path} has no model calls, so there is nothing to record.")
     write(file, calls)
@@ -220,9 +222,7 @@ def export_recording(run_id: str, path: str | os.PathLike[str]) -> int:
 
 def _exported(raw: dict[str, Any]) -> dict[str, Any]:
     body = raw["request"]
-    if "input" in body and "embedding" in str(body.get("model")):
-        endpoint = "embeddings"
-    elif "input" in body:
+    if "input" in body:
         endpoint = "responses"
     else:
         endpoint = "messages" if isinstance(raw["body"], dict) and raw["body"].get("type") == "message" else ""

@@ -20,6 +20,8 @@ from agentflow.scripted import NOTHING, Billed, Script, When, bill, shown, when
 
 if TYPE_CHECKING:
     from agentflow.clock import FakeClock
+    from agentflow.crashes import crash_points
+    from agentflow.histories import export_history, replay_histories
     from agentflow.people import FakePeople, Reject
     from agentflow.recordings import NotRecorded, Recording, export_recording
 
@@ -32,7 +34,10 @@ __all__ = [
     "Recording",
     "Reject",
     "When",
+    "crash_points",
+    "export_history",
     "export_recording",
+    "replay_histories",
     "reply_body",
     "request_of",
     "sse",
@@ -46,7 +51,10 @@ _HOME = {
     "NotRecorded": "recordings",
     "Recording": "recordings",
     "Reject": "people",
+    "crash_points": "crashes",
+    "export_history": "histories",
     "export_recording": "recordings",
+    "replay_histories": "histories",
 }
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}

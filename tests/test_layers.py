@@ -36,7 +36,7 @@ LAYERS = [
     {"closing"},
     {"flow", "runs"},
     {"people", "sync", "testing"},
-    {"recordings"},
+    {"crashes", "histories", "recordings"},
     {"pytest_plugin"},
     {""},
     {"demo"},
