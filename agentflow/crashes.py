@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from agentflow import codec, ledger, rundocs, scratch
+from agentflow.clock import FakeClock
 from agentflow.errors import UsageError, Waiting
 from agentflow.handles import stored_error
 from agentflow.index import Row
@@ -68,6 +69,7 @@ class _Life:
     """What one process did, from its log."""
 
     killed_at: str = ""
+    clock: float | None = None
     outcome: dict[str, Any] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
     texts: dict[str, str] = field(default_factory=dict)
@@ -131,7 +133,7 @@ def crash_points(
                 _compare(right, first, None, "without being killed", same)
                 break
             points.append(first.killed_at)
-            second = lives.live(folder, 0, right.replies, first.paid + first.refused)
+            second = lives.live(folder, 0, right.replies, first.paid + first.refused, first.clock)
             _compare(right, first, second, first.killed_at, same)
             shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -166,8 +168,15 @@ class _Lives:
         self.home, self.seconds = home, seconds
         self.number = 0
 
-    def live(self, folder: Path, kill_at: int, replies: dict[str, list[Any]], used: Counter[str]) -> _Life:
-        """One life; ``kill_at`` counts points from 1, and 0 never kills."""
+    def live(
+        self,
+        folder: Path,
+        kill_at: int,
+        replies: dict[str, list[Any]],
+        used: Counter[str],
+        clock: float | None = None,
+    ) -> _Life:
+        """One life; ``kill_at`` counts points from 1, and 0 never kills. ``clock``: what the last one showed."""
         self.number += 1
         log = self.home / f"log-{self.number}"
         read, write = os.pipe()
@@ -177,6 +186,8 @@ class _Lives:
             child = os.fork()
         if child == 0:
             os.close(read)
+            if clock is not None and isinstance(settings.clock, FakeClock):
+                settings.clock.move_to(clock)
             _in_child(self, folder, log, kill_at, replies, used)
         os.close(write)
         try:
@@ -257,7 +268,8 @@ class _Watch:
     def point(self, words: str) -> None:
         self._count += 1
         if self._count == self._left:
-            self.note({"e": "kill", "at": f"point {self._count}: {words}"})
+            clock = settings.clock() if settings.clock is not None else None
+            self.note({"e": "kill", "at": f"point {self._count}: {words}", "clock": clock})
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(_SECONDS)  # the signal may reach another thread first
 
@@ -371,7 +383,7 @@ def _read(log: Path) -> _Life:
         elif kind == "stop":
             life.ended[facts["name"]] += 1
         elif kind == "kill":
-            life.killed_at = facts["at"]
+            life.killed_at, life.clock = facts["at"], facts["clock"]
         else:
             life.outcome, life.records, life.modules = facts["outcome"], facts["records"], facts["modules"]
     log.unlink(missing_ok=True)
