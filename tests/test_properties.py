@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -40,6 +40,7 @@ from agentflow.testing import FakeModel
 NOTES: Path
 PROGRAM: list[Any] = []
 KEYED_BEFORE: dict[str, str] = {}
+PHASES = tuple(Phase)
 RETRY = Retry(max_attempts=3, initial_delay=0, jitter=False)
 
 
@@ -244,7 +245,7 @@ class Lives(RuleBasedStateMachine):
 
     # -- lives ---------------------------------------------------------------------------------------
 
-    @rule(point=st.integers(1, 60))
+    @rule(point=st.integers(1, 25))
     def killed(self, point: int) -> None:
         self.live(point)
 
@@ -341,6 +342,7 @@ def run_machine(examples: int, steps: int, derandomize: bool) -> None:
         derandomize=derandomize,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=PHASES,
     )
     run_state_machine_as_test(Lives, settings=found)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.loopback import Loopback
 from tests.outside import Project
+from tests.programs import ROOT
 
 APP = """
     from agentflow import generate_content, human_task, step, workflow
@@ -140,6 +144,28 @@ def test_no_model_call_reaches_the_network_unless_the_test_says_so(project: Proj
         project.write("pytest.ini", "[pytest]\nagentflow_hosts = localhost 127.0.0.1\n")
         assert project.pytest("test_leaks.py", env=server.environment).text.count("about to reach") == 0
         assert len(server.arrived) == 5
+
+
+def test_a_test_of_pytest_recording_is_left_to_it_where_that_is_installed(project: Project) -> None:
+    project.write(
+        "test_app.py",
+        """
+        import pytest
+        from app import greet
+
+        @pytest.mark.vcr
+        def test_greets():
+            assert "answer to" in greet.run_sync("Ada")
+        """,
+    )
+    project.write("pytest.ini", "[pytest]\nmarkers = vcr: replies come from a cassette\n")
+    with Loopback() as server:
+        assert "about to reach 127.0.0.1" in project.pytest(env=server.environment).text
+        # What counts is that the plugin is there; it lets nothing through that it was not told to record.
+        project.write("conftest.py", "def pytest_configure(config): config.pluginmanager.register(object(), 'recording')")
+        done = project.pytest(env=server.environment)
+        assert (done.code, done.passed) == (0, 1), done
+        assert len(server.arrived) == 1
 
 
 def test_replies_that_do_not_meet_the_calls_fail_the_test_and_show_the_request(project: Project) -> None:
@@ -307,3 +333,17 @@ def test_what_a_killed_session_left_in_memory_is_removed_by_the_next_one(project
     assert left.exists()
     assert project.pytest("test_fine.py").code == 0
     assert not left.parent.exists()
+
+
+@pytest.mark.torture
+def test_the_journal_in_memory_keeps_the_promises_of_the_one_on_disk() -> None:
+    """The suite of the journal, over journals where the plugin puts them."""
+    folder = Path(os.environ["AGENTFLOW_PATH"]).with_name("contract")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--basetemp={folder}"]
+    suites = [f"tests/test_journal{part}.py" for part in ("", "_in_runs")]
+    done = subprocess.run([*command, *suites, *DESELECTED], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# A fact about the environment's interpreter, not about where the journal is.
+DESELECTED = ["--deselect", "tests/test_journal.py::test_opening_an_existing_journal_imports_no_diskcache"]

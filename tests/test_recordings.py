@@ -23,11 +23,11 @@ APP = """
         people: int
 
     @workflow
-    async def tour(ctx, towns: list[str]):
+    async def tour(ctx, towns: list[str], model: str = "openai:gpt-5-mini"):
         async def about(town):
-            return await generate_content(load_prompt("about", town=town), model="{model}", output_type=Town)
+            return await generate_content(load_prompt("about", town=town), model=model, output_type=Town)
         found = await parallel.map(about, towns)
-        reply = await generate_content("Now a summary.", data=towns, model="{model}", output_type=Reply)
+        reply = await generate_content("Now a summary.", data=towns, model=model, output_type=Reply)
         return found, reply
 """
 PROMPT = "You know every town.\n\nTell me about {{ town }}.\nBe brief.\n"
@@ -48,7 +48,7 @@ MODELS = ["openai:gpt-5-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haik
 def project(tmp_path: Path) -> Project:
     made = Project(tmp_path)
     made.write("pyproject.toml", "")
-    made.write("app.py", APP.replace("{model}", MODELS[0]))
+    made.write("app.py", APP)
     made.write("prompts/about.md", PROMPT)
     made.write("tests/test_tour.py", TEST)
     made.write("conftest.py", "")
@@ -66,19 +66,23 @@ def record(project: Project, *args: str, mode: str = "once") -> int:
         return len(server.arrived)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_recorded_test_passes_without_a_network_again_and_again(project: Project, model: str) -> None:
-    project.write("app.py", APP.replace("{model}", model))
-    assert record(project) == 3
-    text = (project.folder / FILE).read_text()
-    assert len(json.loads(text)["calls"]) == 3 and '"agentflow_recording": 1' in text and "\n      " in text
-    for parallel in ((), ("-n", "1")):
+def test_a_recorded_test_passes_without_a_network_again_and_again(project: Project) -> None:
+    marks = f"@pytest.mark.recorded\n    @pytest.mark.parametrize('model', {MODELS})"
+    source = TEST.replace("@pytest.mark.recorded", marks).replace("test_tour()", "test_tour(model)")
+    project.write("tests/test_tour.py", source.replace('["Rome", "Paris"])', '["Rome", "Paris"], model)'))
+    assert record(project) == 9
+    files = sorted((project.folder / "tests/recordings/test_tour").iterdir())
+    texts = [file.read_text() for file in files]
+    assert len(files) == 3
+    for text in texts:
+        assert len(json.loads(text)["calls"]) == 3 and '"agentflow_recording": 1' in text and "\n      " in text
+    for parallel in ((), ("-n", "2")):
         done = project.pytest(*parallel)
-        assert (done.code, done.passed) == (0, 1), done
+        assert (done.code, done.passed) == (0, 3), done
         assert "no test asked for" not in done.text
-    assert (project.folder / FILE).read_text() == text
+    assert [file.read_text() for file in files] == texts
     assert record(project) == 0  # what is recorded is not paid again
-    assert record(project, mode="all") == 3
+    assert record(project, mode="all") == 9
 
 
 def test_a_missing_recording_fails_with_the_command_that_records_it_and_sends_nothing(project: Project) -> None:
@@ -117,7 +121,7 @@ def test_unused_recordings_are_reported_and_removed_when_it_is_recorded_again(pr
     document = json.loads((project.folder / FILE).read_text())
     document["calls"].append({**document["calls"][0], "request": {"model": "gpt-5-mini", "input": [{"role": "user", "content": "Who was Ur?"}]}})
     (project.folder / FILE).write_text(json.dumps(document))
-    for parallel in ((), ("-n", "1")):
+    for parallel in ((), ("-n", "1")):  # with xdist another process reports
         done = project.pytest(*parallel)
         assert (done.code, done.passed) == (0, 1), done
         assert "recorded replies that no test asked for" in done.text and "'Who was Ur?'" in done.text, done
@@ -170,7 +174,7 @@ def test_secrets_are_masked_in_requests_and_replies_and_both_runs_see_the_same(p
     text = (project.folder / FILE).read_text()
     assert SECRET not in text and "correct horse" not in text and "Bearer" not in text and "authorization" not in text.lower()
     assert "[redacted:openai-key]" in text and "[redacted:TEAM_API_KEY]" in text
-    for other in ({}, team, {"TEAM_API_KEY": "another secret of another machine"}):
+    for other in ({}, {"TEAM_API_KEY": "another secret of another machine"}):
         done = project.pytest(env=other)
         assert (done.code, done.passed) == (0, 1), done
 
@@ -200,27 +204,30 @@ def test_names_of_tests_and_parameters_have_files_of_their_own_and_a_file_may_be
     assert project.pytest().passed == 4
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_streamed_or_not_a_recording_is_the_same(project: Project, model: str) -> None:
+def test_streamed_or_not_a_recording_is_the_same(project: Project) -> None:
     body = f"""
         import pytest
         from agentflow.sync import generate_content
 
         @pytest.mark.recorded
-        def test_tour():
+        @pytest.mark.parametrize("model", {MODELS})
+        def test_tour(model):
             pieces = []
-            text = generate_content("Hi", model="{model}", STREAM)
+            text = generate_content("Hi", model=model, STREAM)
             assert "answer to" in text and PIECES
         """
-    streamed = body.replace("STREAM", "on_text=pieces.append").replace("PIECES", "''.join(pieces) == text and len(pieces) > 1")
+    streamed = body.replace("STREAM", "on_text=pieces.append").replace(
+        "PIECES", "''.join(pieces) == text and len(pieces) > 1"
+    )
     plain = body.replace("STREAM", "").replace("PIECES", "pieces == []")
     project.write("tests/test_tour.py", streamed)
-    assert record(project) == 1
-    assert project.pytest().passed == 1
+    assert record(project) == 3
+    assert project.pytest().passed == 3
     project.write("tests/test_tour.py", plain)
-    assert project.pytest().passed == 1
-    recorded = json.loads((project.folder / FILE).read_text())["calls"][0]
-    assert "stream" not in recorded["request"] and answer_to("Hi") in json.dumps(recorded["reply"])
+    assert project.pytest().passed == 3
+    for file in (project.folder / "tests/recordings/test_tour").iterdir():
+        recorded = json.loads(file.read_text())["calls"][0]
+        assert "stream" not in recorded["request"] and answer_to("Hi") in json.dumps(recorded["reply"])
 
 
 def test_error_replies_are_not_recorded(project: Project) -> None:
