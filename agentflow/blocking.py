@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -12,6 +13,7 @@ from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
+from agentflow.clock import pass_time
 from agentflow.drive import PENDING, Wait, inside, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
@@ -215,6 +217,9 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                     ex.turn.notify_all()
                 if ex.suspended:
                     raise Suspend
+                if ex.going <= 0 and pass_time(waits, now):
+                    ex.turn.notify_all()
+                    continue
                 left = wait.due - now if wait is not None and wait.due is not None else pause
                 if not look:
                     ex.turn.wait(max(0.0, min(pause, left)))
@@ -256,6 +261,10 @@ class _Portal:
     """One loop in a daemon thread, for async functions that plain code calls."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin without a loop, as in a child process, where the thread of its parent's is not."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
@@ -312,6 +321,8 @@ def _copy(task: asyncio.Task[Any], future: Future[Any]) -> None:
 
 
 portal = _Portal()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=portal.begin)
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:

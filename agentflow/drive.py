@@ -17,11 +17,12 @@ from weakref import WeakKeyDictionary
 
 from agentflow import rundocs
 from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here, start_clocks, stop_clocks
+from agentflow.clock import FakeClock, pass_time
 from agentflow.engine import keep_late, process
 from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
-from agentflow.settings import log
+from agentflow.settings import log, settings
 from agentflow.workers import in_flight, threads
 
 PENDING: Any = object()
@@ -351,6 +352,10 @@ async def _watch(ex: Execution) -> None:
                 if not future.done():
                     future.set_exception(Suspend())
             return
+        waits = [wait for wait, _ in ex.parked.values()]
+        if isinstance(settings.clock, FakeClock) and await _still_idle(ex) and pass_time(waits, now):
+            pause = 0.0
+            continue
         pause = min([max(pause * 2, 0.001), 0.25, *(max(d, 0.0) for d in due)])
 
 

@@ -24,8 +24,9 @@ its compensation) or dropped (``rerun=``); both keep their record and get a newe
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import orjson
@@ -493,6 +494,7 @@ def _head(
     capture = call.capture
     if capture is not None:
         if changed := capture.mutated():
+            _refuse_changes(call, changed)
             head["vol"] = list(changed)
             ex.say_once(f"{call.name}: changes {', '.join(changed[:3])} itself; that will not be compared")
         if capture.opaque:
@@ -506,6 +508,23 @@ def _head(
     if call.request is not None:
         head["model"] = call.request["model"]
     return head
+
+
+def _refuse_changes(call: Call, changed: Sequence[str]) -> None:
+    """Under AGENTFLOW_STRICT, as in tests, a step leaves its arguments as they are.
+
+    Captured variables and ``self`` may change: a list or a counter that notes how often a step ran is how tests
+    watch one.
+    """
+    passed = [path for path in changed if path.startswith(("args", "kwargs"))]
+    if passed and os.environ.get("AGENTFLOW_STRICT"):
+        raise located(
+            UsageError(
+                f"step {call.name!r} changes {', '.join(passed[:3])}, which it was given; a replay will not. Let it "
+                "work on a copy and return what is new. (An error because AGENTFLOW_STRICT is set, as in tests.)"
+            ),
+            call,
+        )
 
 
 def _retries(retry: Retry, attempt: int, failure: Exception) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
 T = TypeVar("T")
 
@@ -69,6 +69,7 @@ class Request(TypedDict):
     """One request as it was sent; what ``FakeModel`` lists and hands to a function.
 
     ``surface`` is ``responses``, ``chat`` or ``messages``; ``text`` is the last user message as text.
+    ``status`` and ``reply`` (the provider's JSON) are there once it was answered.
     """
 
     provider: str
@@ -76,6 +77,8 @@ class Request(TypedDict):
     surface: str
     body: dict[str, Any]
     text: str
+    status: NotRequired[int]
+    reply: NotRequired[dict[str, Any]]
 
 
 class Raw(TypedDict):

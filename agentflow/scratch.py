@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+from pathlib import Path
 from typing import Any
 
+from agentflow import journal as journals
 from agentflow.drive import drive
 from agentflow.errors import JournalError
 from agentflow.journal import Journal
@@ -42,3 +44,11 @@ def _note_saved() -> None:
                 scope.journal.commit(ops)
             except JournalError as error:
                 log.warning("what replays saved could not be noted in the ledger: %s", error)
+
+
+def forget(folder: Path) -> None:
+    """Close this process's journals in a directory and below it, which then can be removed."""
+    for journal in list(journals._journals.values()):
+        if journal.path.is_relative_to(folder):
+            _scopes.pop(journal.id, None)
+            journal.close()

@@ -6,21 +6,58 @@ import asyncio
 import hashlib
 import inspect
 import json
-import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentflow import schema
 from agentflow.batchserver import EXPIRED, BatchServer
-from agentflow.durations import Duration, seconds
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
 from agentflow.providers.common import asking, digest, use_transport
-from agentflow.settings import settings
+from agentflow.redact import redact
+from agentflow.scripted import NOTHING, Billed, Script, When, bill, shown, when
 
-__all__ = ["Clock", "FakeModel", "ToolCall", "reply_body", "request_of", "sse"]
+if TYPE_CHECKING:
+    from agentflow.clock import FakeClock
+    from agentflow.crashes import crash_points
+    from agentflow.histories import export_history, replay_histories
+    from agentflow.people import FakePeople, Reject
+    from agentflow.recordings import NotRecorded, Recording, export_recording
+
+__all__ = [
+    "Billed",
+    "FakeClock",
+    "FakeModel",
+    "FakePeople",
+    "NotRecorded",
+    "Recording",
+    "Reject",
+    "ToolCall",
+    "When",
+    "crash_points",
+    "export_history",
+    "export_recording",
+    "replay_histories",
+    "reply_body",
+    "request_of",
+    "sse",
+    "when",
+]
+
+# Found here, kept in modules of their own, loaded when they are first used.
+_HOME = {
+    "FakeClock": "clock",
+    "FakePeople": "people",
+    "NotRecorded": "recordings",
+    "Recording": "recordings",
+    "Reject": "people",
+    "crash_points": "crashes",
+    "export_history": "histories",
+    "export_recording": "recordings",
+    "replay_histories": "histories",
+}
 
 _SURFACES = {"/responses": ("openai", "responses"), "/completions": ("openai-chat", "chat")}
 _LENGTH = {"responses": "max_output_tokens", "chat": "length", "messages": "max_tokens"}
@@ -64,65 +101,32 @@ class ToolCall:
         return f"ToolCall({self.name!r}, {self.arguments!r})"
 
 
-class Clock:
-    """Time that passes only when a test says so, while it is entered: sleeps, deadlines and timeouts of runs read it.
-
-    Args:
-        start: where it begins; None: now.
-
-    >>> with Clock(datetime(2026, 3, 1, tzinfo=UTC)) as clock:
-    ...     clock.advance("30d")
-    >>> clock.now
-    datetime.datetime(2026, 3, 31, 0, 0, tzinfo=datetime.timezone.utc)
-    """
-
-    def __init__(self, start: datetime | None = None) -> None:
-        self._seconds = time.time() if start is None else start.timestamp()
-        self._before: Any = None
-
-    @property
-    def now(self) -> datetime:
-        """The time it shows, aware UTC."""
-        return datetime.fromtimestamp(self._seconds, UTC)
-
-    def __call__(self) -> float:
-        return self._seconds
-
-    def advance(self, duration: Duration) -> None:
-        """Let time pass: seconds, or a duration such as ``"30d"``."""
-        self._seconds += seconds(duration, what="advance") or 0.0
-
-    def __enter__(self) -> Clock:
-        self._before, settings.clock = settings.clock, self
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        settings.clock = self._before
-
-
 class FakeModel:
     """Answers all model calls of the process while it is entered; no key and no network is needed.
 
     The real SDKs run and the replies have the providers' shape, so what is tested is what runs.
 
     Args:
-        replies: one for each call, in the order in which they arrive, or one function that answers
-            all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
+        replies: one for each call, in the order in which they arrive; among them ``when(condition, reply)`` for
+            the requests that fit the condition, whenever they come (branches of a fan-out have no order). Or a
+            dict from a text to the reply for all requests whose last message holds it. Or one function that
+            answers all of them. A reply is text; a value (model, dict, list, number), sent as JSON text; a
             provider's reply as a dict, sent as it is; an HTTP status or a ``ModelError`` to fail
             with; a ``ToolCall``, or a list of texts and tool calls made at once;
             ``Truncated("text so far")``, ``Refused(...)``, ``ContentFiltered(...)``; a
             ``ConnectionError`` or ``TimeoutError``; or a function, also async, that is given the
             request and returns any of these.
         delay: seconds before each answer.
+        all_used: False lets replies be left over, as in a test that a second call never comes.
         polls: how often a call in the background, or a batch, is looked at before it has ended. None: it never ends.
 
     A batch uses one reply for each of its requests; an error among them fails that request, and ``TimeoutError`` lets
     it expire. What is in flight is known to this FakeModel alone: start and go on within one ``with`` block.
     ``embed`` needs no replies: vectors are made from the texts, and ``embedded`` lists what each request asked.
-    ``calls`` lists the requests that arrived. A call without a reply left fails with status 400, and
-    leaving the block fails too, so that it is seen even if the code under test swallowed it.
+    ``calls`` lists the requests that arrived, each with the ``status`` and ``reply`` it was answered with;
+    ``billed`` those that a provider would have charged for, with usage and cost. A call without a reply left
+    fails with status 400, and leaving the block fails too, so that it is seen even if the code under test
+    swallowed it; so does a reply that nobody asked for. Both show what it was about.
 
     >>> import asyncio
     >>> from agentflow.providers import openai
@@ -133,16 +137,23 @@ class FakeModel:
     """
 
     def __init__(
-        self, replies: Sequence[Any] | Callable[[Request], Any], *, delay: float = 0, polls: int | None = 1
+        self,
+        replies: Sequence[Any] | Mapping[str, Any] | Callable[[Request], Any],
+        *,
+        delay: float = 0,
+        all_used: bool = True,
+        polls: int | None = 1,
     ) -> None:
-        if isinstance(replies, str | bytes) or not (callable(replies) or isinstance(replies, Sequence)):
-            raise UsageError('FakeModel takes a list of replies or a function: FakeModel(["Hello!"]).')
-        self.replies = replies if callable(replies) else list(replies)
+        if isinstance(replies, str | bytes) or not (callable(replies) or isinstance(replies, Sequence | Mapping)):
+            raise UsageError('FakeModel takes a list of replies, a dict or a function: FakeModel(["Hello!"]).')
+        self.replies = replies if callable(replies) or isinstance(replies, Mapping) else list(replies)
         self.delay = delay
+        self.all_used = all_used
         self.polls = polls
         self.calls: list[Request] = []
         self.embedded: list[list[str]] = []
         self.unexpected: list[Request] = []
+        self._script = Script(replies)
         self._before: Any = None
         self._flights: dict[str, list[Any]] = {}  # id of a call in the background: its reply, and looks that are left
         self._batches = BatchServer(polls)
@@ -157,13 +168,38 @@ class FakeModel:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         use_transport(self._before)
-        if self.unexpected and kind is None:
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Fail if a call came that no reply was given for, or a reply was given that no call came for.
+
+        Leaving the ``with`` block does this.
+
+        Raises:
+            AssertionError: shows the request, or the replies.
+        """
+        if self.unexpected:
             raise AssertionError(self._too_many(self.unexpected[0]))
+        if self.all_used and (unused := self._script.unused()):
+            asked = (
+                "\n".join(f"  asked: {redact(call['text'])[:80]!r}" for call in self.calls[-5:])
+                or "  nothing was asked"
+            )
+            raise AssertionError(
+                f"FakeModel: {len(unused)} of its replies were not asked for, "
+                f"{len(self.calls)} calls came:\n" + "".join(f"  not used: {one}\n" for one in unused[:5]) + asked
+            )
 
     @property
     def remaining(self) -> int:
         """How many scripted replies were not asked for."""
-        return 0 if callable(self.replies) else max(0, len(self.replies) - len(self.calls))
+        return len(self._script.unused())
+
+    @property
+    def billed(self) -> list[Billed]:
+        """The calls a provider would have charged for, in the order they arrived: request, usage, cost in dollars."""
+        return [found for call in self.calls if (found := bill(call)) is not None]
 
     async def _answer(self, request: Any) -> Any:
         import httpx2
@@ -197,11 +233,10 @@ class FakeModel:
         asked["provider"] = asking.get() or asked["provider"]
         self.calls.append(asked)
         number = len(self.calls)
-        if not callable(self.replies) and number > len(self.replies):
+        reply: Any = self._script.take(asked)
+        if reply is NOTHING:
             self.unexpected.append(asked)
-            reply: Any = ModelError(self._too_many(asked), status=400, code="unexpected_call")
-        else:
-            reply = self.replies if callable(self.replies) else self.replies[number - 1]
+            reply = ModelError(self._too_many(asked), status=400, code="unexpected_call")
         if self.delay:
             await asyncio.sleep(self.delay)
         if callable(reply) and not isinstance(reply, type):
@@ -210,7 +245,9 @@ class FakeModel:
                 reply = await reply
         if isinstance(reply, TimeoutError | ConnectionError):
             raise reply
-        return _response(asked, reply, number)
+        status, headers, answer = _response(asked, reply, number)
+        asked |= {"status": status, "reply": answer}
+        return status, headers, answer
 
     def _look(self, ident: str) -> Any:
         """A call in the background as it is now."""
@@ -251,9 +288,15 @@ class FakeModel:
 
     def _too_many(self, asked: Request) -> str:
         return (
-            f"FakeModel: unexpected call {len(self.calls)}, only {len(self.replies)} replies were given "  # type: ignore[arg-type]
-            f"({asked['provider']}:{asked['model']}, {asked['text'][:80]!r})"
+            f"FakeModel: unexpected call {len(self.calls)}, only {self._script.count} replies were given "
+            f"({asked['provider']}:{asked['model']}, {redact(asked['text'])[:80]!r}). The request:\n{shown(asked)}"
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"agentflow.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _made_up_vector(text: str, dimensions: int) -> list[float]:

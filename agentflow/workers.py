@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -14,6 +15,10 @@ class _Threads:
     """Daemon threads, reused: one that never comes back must not keep the process from ending."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin without threads, as in a child process, where those of its parent are not."""
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._idle = 0
         self._lock = threading.Lock()
@@ -54,3 +59,12 @@ threads = _Threads()
 # Functions whose callers were cancelled while they ran on, by (journal, run, occurrence): done once what
 # they returned is recorded. Whoever asks for the step meanwhile waits instead of calling it twice.
 in_flight: dict[tuple[str, str, str], Future[None]] = {}
+
+
+def _after_fork() -> None:
+    threads.begin()
+    in_flight.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -316,7 +316,7 @@ class Answer(BaseModel):
 async def flow(ctx):
     return (await generate_content("city", model="openai:gpt-4o-mini", output_type=Answer, reask=0)).people
 """
-    with FakeModel(['{"name": "Rome", "people": "three million"}'] * 2) as model:
+    with FakeModel(['{"name": "Rome", "people": "three million"}'] * 2, all_used=False) as model:
         exec(source.format(kind="int"), space)
         with pytest.raises(InvalidReply):
             await space["flow"].run()
@@ -372,7 +372,7 @@ async def test_transient_errors_are_retried_three_attempts_in_all(no_delay: list
     with FakeModel([503, ConnectionError("reset"), "at last"]) as model:
         assert await flow.run(1) == "at last"
     assert len(model.calls) == 3 and flow.runs()[0].steps[0].attempts == 3
-    with FakeModel([500, 529, TimeoutError("slow"), "never"]) as model:
+    with FakeModel([500, 529, TimeoutError("slow"), "never"], all_used=False) as model:
         with pytest.raises(ModelError):
             await flow.run(2)
         assert len(model.calls) == 3
@@ -400,7 +400,7 @@ async def test_call_in_a_step_with_its_own_retry_makes_one_attempt_each(no_delay
     async def flow(ctx: Context) -> str:
         return await step("ask", ask, retry=Retry(max_attempts=2, initial_delay=0.001))
 
-    with FakeModel([503] * 6) as model:
+    with FakeModel([503] * 6, all_used=False) as model:
         with pytest.raises(ModelError):
             await flow.run()
     assert len(model.calls) == 2

@@ -296,7 +296,7 @@ def test_the_cost_of_a_run_counts_what_a_killed_execution_paid(cli, tmp_path, mo
             await step("die", lambda: die() if "die" in sys.argv else None)
             return text
 
-        with FakeModel(["Hi"]):
+        with FakeModel({"Hello": "Hi"}, all_used=False):
             killed.run_sync()
     """
     run_program(source, tmp_path, "die", expect_kill=True)

@@ -27,7 +27,7 @@ from agentflow import (
     workflow,
 )
 from agentflow.cli.app import run as command
-from agentflow.testing import Clock
+from agentflow.testing import FakeClock
 from tests.programs import notes, start_program
 
 
@@ -235,7 +235,7 @@ async def test_run_that_is_too_late_starts_no_child() -> None:
         await step("work", lambda: done.append(n))
         return n
 
-    with Clock() as clock:
+    with FakeClock() as clock:
 
         @workflow("late-parent", timeout="1h")
         async def parent(ctx: Context) -> None:

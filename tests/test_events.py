@@ -29,13 +29,13 @@ from agentflow import (
 )
 from agentflow import events as events_
 from agentflow.journal import Journal
-from agentflow.testing import Clock
+from agentflow.testing import FakeClock
 from tests.programs import notes, run_program, start_program
 
 
 @pytest.fixture
-def clock() -> Iterator[Clock]:
-    with Clock() as made:
+def clock() -> Iterator[FakeClock]:
+    with FakeClock() as made:
         yield made
 
 
@@ -237,7 +237,7 @@ async def test_list_of_names_gives_the_first_that_came_and_says_which(again: Cal
 
 
 async def test_timeout_gives_the_default_and_a_late_event_is_left_for_the_next_wait(
-    clock: Clock, again: Callable[[], None]
+    clock: FakeClock, again: Callable[[], None]
 ) -> None:
     @workflow("late")
     async def flow(ctx: Context) -> list[Any]:
@@ -255,7 +255,7 @@ async def test_timeout_gives_the_default_and_a_late_event_is_left_for_the_next_w
         assert await flow.run() == ["none", "late"]
 
 
-async def test_timeout_without_a_default_is_a_timeout_error(clock: Clock, again: Callable[[], None]) -> None:
+async def test_timeout_without_a_default_is_a_timeout_error(clock: FakeClock, again: Callable[[], None]) -> None:
     flow = waiting_for(timeout="1h")
     await flow.start()
     clock.advance("1h")
@@ -268,14 +268,14 @@ async def test_timeout_without_a_default_is_a_timeout_error(clock: Clock, again:
     assert flow.runs()[0].status == "failed"
 
 
-async def test_default_none_is_a_value_and_timeout_zero_takes_what_is_there(clock: Clock) -> None:
+async def test_default_none_is_a_value_and_timeout_zero_takes_what_is_there(clock: FakeClock) -> None:
     flow = waiting_for(timeout=0, default=None)
     assert await flow.run(1) is None
     send_event("paid", 3)
     assert await flow.run(2) == 3
 
 
-async def test_event_sent_in_time_counts_however_late_the_run_goes_on(clock: Clock) -> None:
+async def test_event_sent_in_time_counts_however_late_the_run_goes_on(clock: FakeClock) -> None:
     flow = waiting_for(timeout="1h", default="none")
     await flow.start()
     clock.advance("59m")
@@ -285,7 +285,7 @@ async def test_event_sent_in_time_counts_however_late_the_run_goes_on(clock: Clo
 
 
 async def test_event_in_time_that_is_sent_while_the_wait_decides_that_it_is_over_is_taken(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = waiting_for(timeout="1h", default="none")
     await flow.start()

@@ -756,7 +756,7 @@ def test_retries_do_not_multiply(monkeypatch: pytest.MonkeyPatch, inner: int | N
     async def wrapped(ctx: Any) -> str:
         return await step("outer", outer, retry={"max_attempts": 3, **QUICK})
 
-    with FakeModel([500] * 20) as model, pytest.raises(ModelError) as caught:
+    with FakeModel([500] * 20, all_used=False) as model, pytest.raises(ModelError) as caught:
         wrapped.run_sync()
     assert len(model.calls) == 3
     assert isinstance(caught.value, StepFailed) and caught.value.status == 500
@@ -773,7 +773,7 @@ def test_a_call_with_no_retrying_step_around_it_makes_three_attempts(monkeypatch
     async def plain(ctx: Any) -> str:
         return await step("ask", ask)
 
-    with FakeModel([503] * 20) as model, pytest.raises(ModelError):
+    with FakeModel([503] * 20, all_used=False) as model, pytest.raises(ModelError):
         plain.run_sync()
     assert len(model.calls) == 3
 

@@ -37,8 +37,9 @@ def test_a_program_of_the_readme_runs_as_printed_and_replays_when_run_again(numb
     with FakeModel(answer) as model:
         runpy.run_path(str(program), run_name="__main__")
         first = len(model.calls)
-        assert ("generate_content(" not in PROGRAMS[number]) or "FakeModel" in PROGRAMS[number] or first > 0
-        if "tasks.approve" in PROGRAMS[number] or "FakeModel" in PROGRAMS[number]:
+        own = ("FakeModel", "def test_")  # programs that bring their own model
+        assert "generate_content(" not in PROGRAMS[number] or any(w in PROGRAMS[number] for w in own) or first > 0
+        if any(word in PROGRAMS[number] for word in ("tasks.approve", *own)):
             return  # a decision is made once; a FakeModel wants to be asked
         again()
         runpy.run_path(str(program), run_name="__main__")

@@ -448,7 +448,7 @@ def test_a_bug_in_on_text_never_buys_the_answer_again(kind: str, model_name: str
     async def deaf(ctx: Any) -> str:
         return await generate_content("Hi", model=model_name, on_text=hear if kind == "sync" else later)
 
-    with FakeModel(["an answer", "bought again"]) as model:
+    with FakeModel(["an answer", "bought again"], all_used=False) as model:
         for _ in range(3):
             with pytest.raises(ZeroDivisionError, match="in on_text"):
                 deaf.run_sync()

@@ -32,13 +32,13 @@ from agentflow import (
     workflow,
 )
 from agentflow.cli.app import run as command
-from agentflow.testing import Clock
+from agentflow.testing import FakeClock
 from tests.programs import notes, run_program, start_program
 
 
 @pytest.fixture
-def clock() -> Iterator[Clock]:
-    with Clock() as made:
+def clock() -> Iterator[FakeClock]:
+    with FakeClock() as made:
         yield made
 
 
@@ -126,7 +126,7 @@ async def test_data_that_is_no_filled_in_form_is_not_taken_for_one() -> None:
 
 @pytest.mark.parametrize("absent", [False, True], ids=["looked-at", "nobody-looks"])
 async def test_task_that_nobody_answers_in_time_goes_to_the_next_and_its_time_counts_from_the_recorded_end(
-    clock: Clock, again: Callable[[], None], heard: list[Any], absent: bool
+    clock: FakeClock, again: Callable[[], None], heard: list[Any], absent: bool
 ) -> None:
     flow = asking(timeout="1d", on_timeout=Escalate("director", "2d", Escalate(["board", "owner"])))
     await flow.start()
@@ -154,7 +154,7 @@ async def test_task_that_nobody_answers_in_time_goes_to_the_next_and_its_time_co
     ]
 
 
-async def test_answer_of_the_next_is_taken_though_no_process_has_seen_the_first_deadline(clock: Clock) -> None:
+async def test_answer_of_the_next_is_taken_though_no_process_has_seen_the_first_deadline(clock: FakeClock) -> None:
     flow = asking(timeout="1d", on_timeout=Escalate("director", timeout="1d"))
     await flow.start()
     agentflow.configure(authorize=lambda task, by: by == task.assign_to)
@@ -167,7 +167,7 @@ async def test_answer_of_the_next_is_taken_though_no_process_has_seen_the_first_
 
 @pytest.mark.parametrize("last", ["value", "raise", "class", "nothing"])
 async def test_end_of_the_last_deadline_gives_what_on_timeout_says(
-    clock: Clock, again: Callable[[], None], last: str
+    clock: FakeClock, again: Callable[[], None], last: str
 ) -> None:
     end: dict[str, Any] = {"value": {"on_timeout": "nobody"}, "raise": {"on_timeout": PermissionError("nobody")}}
     end |= {"class": {"on_timeout": PermissionError}, "nothing": {}}
@@ -206,7 +206,7 @@ def test_escalation_and_reminders_that_cannot_be_are_refused(make: Any, words: s
     assert tasks.list() == []
 
 
-def test_plain_workflow_escalates_too(clock: Clock) -> None:
+def test_plain_workflow_escalates_too(clock: FakeClock) -> None:
     @sync.workflow("plain")
     def flow(ctx: Context) -> Any:
         return sync.human_task(assign_to="manager", timeout="1d", on_timeout=Escalate("director", "1d", "nobody"))
@@ -222,7 +222,7 @@ def test_plain_workflow_escalates_too(clock: Clock) -> None:
 
 
 async def test_reminders_are_told_once_each_when_their_time_has_come(
-    clock: Clock, again: Callable[[], None], heard: list[Any]
+    clock: FakeClock, again: Callable[[], None], heard: list[Any]
 ) -> None:
     flow = asking(remind="1d", timeout="30d")
     run = await flow.start()
@@ -245,7 +245,7 @@ async def test_reminders_are_told_once_each_when_their_time_has_come(
     assert [e["what"] for e in only_task(status=None).trail] == ["opened", "reminded", "reminded", "approved"]
 
 
-async def test_reminders_come_while_a_run_stays(clock: Clock) -> None:
+async def test_reminders_come_while_a_run_stays(clock: FakeClock) -> None:
     loop, reminded = asyncio.get_running_loop(), asyncio.Event()
 
     def notify(task: HumanTask) -> None:
@@ -267,7 +267,7 @@ async def test_reminders_come_while_a_run_stays(clock: Clock) -> None:
 # -- who, when, comment, digest --------------------------------------------------------------------
 
 
-async def test_trail_keeps_who_decided_when_with_which_comment_and_on_what(clock: Clock) -> None:
+async def test_trail_keeps_who_decided_when_with_which_comment_and_on_what(clock: FakeClock) -> None:
     flow = asking(data={"draft": 1})
     await flow.start()
     opened = clock.now
@@ -317,7 +317,7 @@ async def test_task_that_is_open_when_its_run_completes_is_withdrawn() -> None:
 
 
 async def test_tasks_show_prints_the_trail_and_its_json_holds_it(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
+    clock: FakeClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flow = asking(timeout="1d", on_timeout=Escalate("director"))
     await flow.start()

@@ -24,15 +24,15 @@ from agentflow import (
     tasks,
     workflow,
 )
-from agentflow.testing import Clock, FakeModel
+from agentflow.testing import FakeClock, FakeModel
 from tests.programs import notes, run_program
 
 MODEL = "openai:gpt-5-mini"
 
 
 @pytest.fixture
-def clock() -> Iterator[Clock]:
-    with Clock() as made:
+def clock() -> Iterator[FakeClock]:
+    with FakeClock() as made:
         yield made
 
 
@@ -40,7 +40,7 @@ def clock() -> Iterator[Clock]:
 
 
 async def test_equal_durations_are_one_sleep_however_they_are_written_and_near_ones_are_not(
-    clock: Clock, again: Callable[[], None]
+    clock: FakeClock, again: Callable[[], None]
 ) -> None:
     duration: Any = "30d"
 
@@ -62,7 +62,7 @@ async def test_equal_durations_are_one_sleep_however_they_are_written_and_near_o
     assert await flow.run() == "awake"
 
 
-async def test_sleep_that_is_asked_for_anew_is_slept_anew(clock: Clock) -> None:
+async def test_sleep_that_is_asked_for_anew_is_slept_anew(clock: FakeClock) -> None:
     @workflow("anew")
     async def flow(ctx: Context) -> str:
         await ctx.sleep("1d")
@@ -79,7 +79,7 @@ async def test_sleep_that_is_asked_for_anew_is_slept_anew(clock: Clock) -> None:
 
 @pytest.mark.parametrize("turns", [3])
 async def test_sleeps_of_a_loop_and_of_branches_end_one_by_one(
-    clock: Clock, again: Callable[[], None], turns: int
+    clock: FakeClock, again: Callable[[], None], turns: int
 ) -> None:
     polled: list[str] = []
 
@@ -105,7 +105,7 @@ async def test_sleeps_of_a_loop_and_of_branches_end_one_by_one(
     assert await flow.run() == ["a", "b"]
 
 
-def test_plain_branches_sleep_side_by_side(clock: Clock) -> None:
+def test_plain_branches_sleep_side_by_side(clock: FakeClock) -> None:
     @sync.workflow("plain-branches")
     def flow(ctx: Context) -> Any:
         return sync.parallel([lambda: ctx.sleep("2d"), lambda: ctx.sleep("1d")])
@@ -159,7 +159,7 @@ def test_sleep_of_30_days_keeps_its_end_through_kills_and_edits(tmp_path: Path, 
     assert notes(tmp_path) == ["inserted"]
 
 
-async def test_wait_true_stays_through_a_long_sleep(clock: Clock) -> None:
+async def test_wait_true_stays_through_a_long_sleep(clock: FakeClock) -> None:
     @workflow("stays")
     async def flow(ctx: Context) -> timedelta:
         before = ctx.now("before")
@@ -177,7 +177,7 @@ async def test_wait_true_stays_through_a_long_sleep(clock: Clock) -> None:
 # -- the deadline of a run -------------------------------------------------------------------------
 
 
-async def test_no_step_starts_after_the_deadline_and_the_run_fails_with_a_timeout_error(clock: Clock) -> None:
+async def test_no_step_starts_after_the_deadline_and_the_run_fails_with_a_timeout_error(clock: FakeClock) -> None:
     done: list[str] = []
 
     @workflow("deadline", timeout="1h")
@@ -200,7 +200,7 @@ async def test_no_step_starts_after_the_deadline_and_the_run_fails_with_a_timeou
     assert await flow.run() == "done" and done == ["first", "last"]
 
 
-def test_plain_workflow_ends_at_its_next_step(clock: Clock) -> None:
+def test_plain_workflow_ends_at_its_next_step(clock: FakeClock) -> None:
     done: list[str] = []
 
     @sync.workflow("plain-deadline", timeout="1h")
@@ -219,7 +219,7 @@ def test_plain_workflow_ends_at_its_next_step(clock: Clock) -> None:
     assert flow.run() == "done" and done == ["first", "last"]
 
 
-async def test_what_is_in_flight_at_the_deadline_is_stopped(clock: Clock) -> None:
+async def test_what_is_in_flight_at_the_deadline_is_stopped(clock: FakeClock) -> None:
     seen: list[str] = []
 
     @workflow("stopped", timeout="1h")
@@ -244,7 +244,7 @@ async def test_what_is_in_flight_at_the_deadline_is_stopped(clock: Clock) -> Non
     assert sorted(seen) == ["finally", "stopped"]
 
 
-async def test_body_that_swallows_its_cancellation_fails_all_the_same(clock: Clock) -> None:
+async def test_body_that_swallows_its_cancellation_fails_all_the_same(clock: FakeClock) -> None:
     @workflow("swallows", timeout="1h")
     async def flow(ctx: Context) -> str:
         clock.advance("2h")
@@ -259,7 +259,7 @@ async def test_body_that_swallows_its_cancellation_fails_all_the_same(clock: Clo
             await flow.run()
 
 
-async def test_paid_call_in_flight_at_the_deadline_is_finished_recorded_and_not_bought_again(clock: Clock) -> None:
+async def test_paid_call_in_flight_at_the_deadline_is_finished_recorded_and_not_bought_again(clock: FakeClock) -> None:
     stopped = asyncio.Event()
 
     @workflow("paid", timeout="1h")
@@ -283,7 +283,7 @@ async def test_paid_call_in_flight_at_the_deadline_is_finished_recorded_and_not_
         assert len(model.calls) == 1
 
 
-def test_plain_paid_call_that_ends_after_the_deadline_is_recorded_and_not_bought_again(clock: Clock) -> None:
+def test_plain_paid_call_that_ends_after_the_deadline_is_recorded_and_not_bought_again(clock: FakeClock) -> None:
     @sync.workflow("plain-paid", timeout="1h")
     def flow(ctx: Context) -> str:
         return str(sync.generate_content("Say hello.", model=MODEL))
@@ -301,7 +301,7 @@ def test_plain_paid_call_that_ends_after_the_deadline_is_recorded_and_not_bought
 
 @pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
 def test_waiting_counts_and_a_restart_does_not_move_the_deadline(
-    clock: Clock, again: Callable[[], None], plain: bool
+    clock: FakeClock, again: Callable[[], None], plain: bool
 ) -> None:
     if plain:
 
@@ -328,7 +328,7 @@ def test_waiting_counts_and_a_restart_does_not_move_the_deadline(
     assert flow.run_sync() == "Ann"
 
 
-async def test_completed_run_replays_long_after_its_deadline(clock: Clock, again: Callable[[], None]) -> None:
+async def test_completed_run_replays_long_after_its_deadline(clock: FakeClock, again: Callable[[], None]) -> None:
     @workflow("replays", timeout="1h")
     async def flow(ctx: Context) -> int:
         return await step("one", lambda: 1)
@@ -339,7 +339,7 @@ async def test_completed_run_replays_long_after_its_deadline(clock: Clock, again
     assert await flow.run() == 1
 
 
-async def test_compensations_run_after_the_deadline(clock: Clock) -> None:
+async def test_compensations_run_after_the_deadline(clock: FakeClock) -> None:
     done: list[str] = []
 
     @workflow("undone", timeout="1h")
@@ -356,7 +356,7 @@ async def test_compensations_run_after_the_deadline(clock: Clock) -> None:
     assert done == ["charge", "refund"]
 
 
-async def test_no_attempt_starts_after_the_deadline(clock: Clock) -> None:
+async def test_no_attempt_starts_after_the_deadline(clock: FakeClock) -> None:
     tried: list[int] = []
 
     @workflow("attempts", timeout="1h")
@@ -434,7 +434,7 @@ def test_timeout_that_is_none_is_refused_when_the_workflow_is_defined(timeout: A
         sync.workflow("bad", timeout=timeout)(lambda ctx: None)
 
 
-async def test_plan_of_a_run_whose_deadline_has_passed_shows_its_steps(clock: Clock) -> None:
+async def test_plan_of_a_run_whose_deadline_has_passed_shows_its_steps(clock: FakeClock) -> None:
     @workflow("planned", timeout="1h")
     async def flow(ctx: Context) -> None:
         await step("first", lambda: 1)
@@ -445,7 +445,7 @@ async def test_plan_of_a_run_whose_deadline_has_passed_shows_its_steps(clock: Cl
     assert [s.name for s in (await flow.plan()).steps] == ["first", "approve"]
 
 
-async def test_run_that_waits_is_due_at_its_deadline(clock: Clock) -> None:
+async def test_run_that_waits_is_due_at_its_deadline(clock: FakeClock) -> None:
     @workflow("due", timeout="1h")
     async def flow(ctx: Context) -> None:
         await ctx.sleep("1d")
@@ -454,7 +454,7 @@ async def test_run_that_waits_is_due_at_its_deadline(clock: Clock) -> None:
     assert run._document["due"] == clock() + 3600
 
 
-def test_branches_of_plain_code_end_at_the_deadline(clock: Clock) -> None:
+def test_branches_of_plain_code_end_at_the_deadline(clock: FakeClock) -> None:
     asked = threading.Event()
 
     @sync.workflow("plain-many", timeout="1h")

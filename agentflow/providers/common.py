@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Protocol
 
-from agentflow import ledger
+from agentflow import ledger, network
 from agentflow.errors import ModelError, UsageError
 from agentflow.files import File
 from agentflow.models import Raw, Usage
@@ -129,6 +129,9 @@ async def client(server: Server) -> Any:
 
     One client serves all calls of a loop as long as transport and environment stay the same. It is
     closed when the loop shuts its asynchronous generators down, as ``asyncio.run`` does.
+
+    Raises:
+        UsageError: no key, or a host that ``AGENTFLOW_MODEL_HOSTS`` does not allow.
     """
     prefix = server.name.split("-")[0].upper() + "_"
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefix)))
@@ -141,7 +144,10 @@ async def client(server: Server) -> Any:
         closer = _close_with_loop(known, key, made)
         known[key] = (made, closer)
         await anext(closer)
-    return known[key][0]
+    found = known[key][0]
+    if _transport is None:
+        network.check(server.name, str(found.base_url))
+    return found
 
 
 async def _close_with_loop(known: dict[Any, Any], key: Any, made: Any) -> AsyncGenerator[None]:
