@@ -164,6 +164,7 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             cached_tokens=cached,
             reasoning_tokens=count(usage, "output_tokens_details", "thinking_tokens"),
             cache_write_tokens=written,
+            cache_write_1h_tokens=count(usage, "cache_creation", "ephemeral_1h_input_tokens"),
         ),
         model=str(body.get("model") or ""),
         items=[{"role": "assistant", "content": blocks}] if blocks else [],
@@ -171,4 +172,5 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
         standard_price=isinstance(usage, dict)
         and usage.get("service_tier") in (None, "standard")
         and usage.get("speed") in (None, "standard"),
+        searches={"web": count(usage, "server_tool_use", "web_search_requests")},
     )

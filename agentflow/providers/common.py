@@ -51,7 +51,8 @@ class Parts:
     """An answer, in no provider's words.
 
     ``items`` are the provider's own, to be sent back word for word in the next turn. ``failure`` is
-    set when the provider reports, under a status of 200, that the call failed.
+    set when the provider reports, under a status of 200, that the call failed. ``searches`` is what the
+    provider searched by itself and charges for; without ``standard_price`` no published price holds.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Parts:
     items: list[dict[str, Any]] = field(default_factory=list)
     failure: ModelError | None = None
     standard_price: bool = True
+    searches: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,7 @@ async def post(
     cost: Decimal | None = None
     facts: dict[str, Any] = {}
     if parts and parts.standard_price and (usage.input_tokens or usage.output_tokens):
-        cost, facts = ledger.price(server.prices, model, usage, asked=body["model"])
+        cost, facts = ledger.price(server.prices, model, usage, asked=body["model"], searches=parts.searches)
     return {
         "provider": provider,
         "status": answer.status_code,

@@ -25,6 +25,8 @@ from agentflow.providers.common import (
 NAME = "openai"
 SURFACE = "responses"
 PRICED_TIERS = (None, "auto", "default", "standard")
+# Charged by the container or the picture, which a reply does not count.
+_PRICED_APART = ("code_interpreter_call", "image_generation_call")
 
 
 def body(ask: Ask) -> dict[str, Any]:
@@ -174,9 +176,20 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             output_tokens=count(usage, "output_tokens"),
             cached_tokens=count(usage, "input_tokens_details", "cached_tokens"),
             reasoning_tokens=count(usage, "output_tokens_details", "reasoning_tokens"),
+            cache_write_tokens=count(usage, "input_tokens_details", "cache_write_tokens"),
         ),
         model=str(body.get("model") or ""),
         items=items,
         failure=failure,
-        standard_price=body.get("service_tier") in PRICED_TIERS,
+        standard_price=body.get("service_tier") in PRICED_TIERS
+        and not any(item.get("type") in _PRICED_APART for item in items),
+        searches={
+            "web": sum(1 for item in items if item.get("type") == "web_search_call" and _searched(item)),
+            "storage": sum(1 for item in items if item.get("type") == "file_search_call"),
+        },
     )
+
+
+def _searched(item: dict[str, Any]) -> bool:
+    """Opening a page that a search had found is no search."""
+    return (item.get("action") or {}).get("type") in (None, "search")

@@ -114,6 +114,7 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             output_tokens=count(usage, "completion_tokens"),
             cached_tokens=count(usage, "prompt_tokens_details", "cached_tokens"),
             reasoning_tokens=count(usage, "completion_tokens_details", "reasoning_tokens"),
+            cache_write_tokens=count(usage, "prompt_tokens_details", "cache_write_tokens"),
         ),
         model=str(body.get("model") or ""),
         items=[{key: value for key, value in message.items() if value is not None}] if message else [],
