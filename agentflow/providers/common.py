@@ -166,7 +166,7 @@ async def post(
         call: makes the POST: the SDK's raw response, or with ``whole`` its context manager of a stream.
         read: the provider's ``read``.
         body: what is asked, without what only says that it is streamed.
-        timeout: seconds for the POST and all of its answer.
+        timeout: seconds for the POST and all of its answer, without those that ``on_text`` takes.
         whole: puts a streamed reply together.
         on_text: given each piece of text as it arrives.
 
@@ -179,14 +179,14 @@ async def post(
     token = asking.set(provider)
     answer: Any = None
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(timeout) as limit:
             if whole is None:
                 answer = (await call()).http_response
             else:
                 opened: Any = call()
                 async with opened as response:
                     answer = response.http_response
-                    await _listen(provider, answer, whole, on_text or _ignore)
+                    await _listen(provider, answer, whole, _untimed(on_text or _ignore, limit))
     except TimeoutError as exc:
         if not _complete(whole):
             raise _partly(
@@ -237,6 +237,20 @@ async def post(
 
 async def _ignore(text: str) -> None:
     pass
+
+
+def _untimed(on_text: OnText, limit: asyncio.Timeout) -> OnText:
+    """``on_text`` with the clock stopped: a slow listener must not fail a call that is being paid for."""
+    clock = asyncio.get_running_loop().time
+
+    async def heard(text: str) -> None:
+        due, began = limit.when(), clock()
+        limit.reschedule(None)
+        await on_text(text)
+        if due is not None:
+            limit.reschedule(due + clock() - began)
+
+    return heard
 
 
 async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnText) -> None:
