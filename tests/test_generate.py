@@ -401,8 +401,43 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "reasoning", "found"),
+    [
+        ("openai:gpt-5.2", "none", {"reasoning": {"effort": "none"}}),
+        ("openai:gpt-5", {"effort": "high", "summary": "auto"}, {"reasoning": {"effort": "high", "summary": "auto"}}),
+        ("openai-chat:o4-mini", "high", {"reasoning_effort": "high"}),
+        ("openrouter:x/y", "high", {"reasoning_effort": "high"}),
+        ("anthropic:claude-opus-4-8", "xhigh", {"output_config": {"effort": "xhigh"}}),
+        ("anthropic:claude-opus-4-8", "none", {"thinking": {"type": "disabled"}}),
+        ("anthropic:claude-opus-4-8", {"type": "adaptive"}, {"thinking": {"type": "adaptive"}}),
+        (
+            "anthropic:claude-opus-4-8",
+            {"type": "adaptive", "effort": "low"},
+            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+        ),
+        (
+            "anthropic:claude-haiku-4-5",
+            {"type": "enabled", "budget_tokens": 15_999},
+            {"thinking": {"type": "enabled", "budget_tokens": 15_999}},
+        ),
+    ],
+)
+def test_reasoning_is_said_in_the_words_of_each_api(model: str, reasoning: Any, found: dict[str, Any]) -> None:
+    plain = prepare("Hi", model=model).request["body"]
+    assert prepare("Hi", model=model, reasoning=reasoning).request["body"] == {**plain, **found}
+
+
+def test_effort_stands_beside_the_form_of_the_answer() -> None:
+    body = prepare("Hi", model="anthropic:claude-opus-4-8", reasoning="low", output_type=list[int]).request["body"]
+    assert body["output_config"]["effort"] == "low" and body["output_config"]["format"]["type"] == "json_schema"
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"model": MODELS[2], "reasoning": {"type": "enabled", "budget_tokens": 16_000}}, "less than max_tokens=16000"),
+        ({"model": MODELS[2], "reasoning": {"type": "enabled", "budget_tokens": 1_000}}, "at least 1024"),
+        ({"model": MODELS[2], "prompt": [{"role": "system", "content": [{"type": "text"}]}]}, "but the system's"),
         ({"tools": [print]}, "tools=.*not supported yet"),
         ({"files": ["no-such.pdf"]}, "no such file"),
         ({"background": True}, "background=.*not supported yet"),

@@ -41,23 +41,53 @@ def body(ask: Ask) -> dict[str, Any]:
             'Leave it out, or for a model that still takes it write extra={"temperature": ...}.'
         )
     refuse_foreign(NAME, ask.messages, _own)
+    system, asked = _system(ask)
     made: dict[str, Any] = {
         "model": ask.model,
         "max_tokens": DEFAULT_MAX_TOKENS if ask.max_tokens is None else ask.max_tokens,
-        "messages": attach(ask.messages, [_file(file) for file in ask.files], "text"),
+        "messages": attach(asked, [_file(file) for file in ask.files], "text"),
     }
-    if ask.system is not None:
-        made["system"] = ask.system
+    if system is not None:
+        made["system"] = system
+    effort, thinking = _reasoning(ask.reasoning, made["max_tokens"])
     config: dict[str, Any] = {}
-    if isinstance(ask.reasoning, str):
-        config["effort"] = ask.reasoning
-    elif ask.reasoning is not None:
-        made["thinking"] = ask.reasoning
+    if effort is not None:
+        config["effort"] = effort
+    if thinking is not None:
+        made["thinking"] = thinking
     if ask.output is not None:
         config["format"] = {"type": "json_schema", "schema": ask.output.plain}
     if config:
         made["output_config"] = config
     return made
+
+
+def _system(ask: Ask) -> tuple[Any, list[dict[str, Any]]]:
+    """The system prompt and the other messages: one in blocks, as for a mark of the prompt cache, stays in blocks."""
+    blocks: list[dict[str, Any]] = []
+    rest = list(ask.messages)
+    while rest and rest[0].get("role") == "system" and isinstance(rest[0].get("content"), list):
+        blocks += rest.pop(0)["content"]
+    if not blocks:
+        return ask.system, rest
+    if not rest:
+        raise UsageError("The prompt holds no message but the system's. Nothing was sent.")
+    return [*([] if ask.system is None else [{"type": "text", "text": ask.system}]), *blocks], rest
+
+
+def _reasoning(reasoning: str | dict[str, Any] | None, max_tokens: int) -> tuple[Any, dict[str, Any] | None]:
+    """``output_config.effort`` and ``thinking``. https://platform.claude.com/docs/en/build-with-claude/thinking"""
+    if reasoning is None or isinstance(reasoning, str):
+        return (None, {"type": "disabled"}) if reasoning == "none" else (reasoning, None)
+    thinking = dict(reasoning)
+    effort = thinking.pop("effort", None)
+    budget = thinking.get("budget_tokens")
+    if isinstance(budget, int) and not 1024 <= budget < max_tokens:
+        raise UsageError(
+            f"reasoning={reasoning!r}: budget_tokens is at least 1024 and less than max_tokens={max_tokens}, which "
+            "limits thinking and answer together. Lower it, or raise max_tokens=. Nothing was sent."
+        )
+    return effort, thinking or None
 
 
 def _file(file: File) -> dict[str, Any]:
