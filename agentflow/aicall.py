@@ -194,7 +194,9 @@ def generate_content(
     place is never paid again: after a restart, in a second run, or when only code around it was edited.
 
     Args:
-        prompt: text, a ``Prompt``, or a list of messages (``Reply.messages`` continues a conversation).
+        prompt: text, a ``Prompt``, or a list of messages (``Reply.messages`` continues a conversation). What a
+            ``Prompt`` says of model, system message, output type, ``max_tokens``, ``temperature``, ``reasoning`` and
+            ``extra`` holds where the call says nothing (for ``output_type``: ``str`` or ``Reply``).
         data: shown to the model after the prompt, as plain JSON. None: nothing.
         model: ``"openai:..."`` (Responses), ``"openai-chat:..."`` (Chat Completions), ``"anthropic:..."`` (Messages).
             None: ``configure(model=)`` or ``AGENTFLOW_MODEL``.

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -771,7 +772,10 @@ def test_the_counting_server_outlives_a_killed_client_and_has_counted_its_call(t
         assert [event["model"] for event in arrived] == ["m"]
         assert answered == []
         assert httpx2.post(f"{url}/v1/messages?latency=0", json={"model": "n"}).json()["model"] == "n"
-        assert [event["n"] for event in read_log(log)[1]] == [2]
+        deadline = time.monotonic() + 15
+        while not (answered := read_log(log)[1]) and time.monotonic() < deadline:  # noted once it is sent
+            time.sleep(0.005)
+        assert [event["n"] for event in answered] == [2]
     finally:
         server.kill()
         server.wait()

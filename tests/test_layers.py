@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "models", "workers"},
     {"calls", "canonical", "codec.common", "durations", "files", "ledger", "marks", "providers.streams", "redact", "schema", "store", "typecheck"},
     {"bytecode", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
-    {"codec.values", "codedigest", "create", "providers.anthropic", "providers.openai", "reads", "writer"},
+    {"codec.values", "codedigest", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
     {"codec", "providers", "reuse", "rundocs"},
