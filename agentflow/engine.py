@@ -380,6 +380,8 @@ def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Genera
         ops += [extra for extra in call.extra_ops if not isinstance(extra, str)]
     if call.code is not None and ex.new_code(call.code.digest):
         ops.append(Add(f"c/{call.code.digest}", orjson.dumps(call.code.parts).decode()))
+    if "prompts" in head:
+        ops += ex.keep_prompts(head["prompts"])
     recorded = yield ("commit", ops, head.get("ai", False))
     ex.committed(slot)
     claimed = 1 + (len(named) if head["status"] == "completed" else 0)

@@ -6,12 +6,11 @@ from collections.abc import Generator
 from decimal import Decimal
 from typing import Any
 
-from agentflow import codec, rundocs
+from agentflow import codec, plans, rundocs
 from agentflow.context import view
 from agentflow.errors import AgentflowError, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
-from agentflow.records import StepRecord, moment, money
-from agentflow.run import PlanStep
+from agentflow.records import PlanStep, StepRecord, moment
 
 # The workflows defined in this process, by name: a run finds its code here when it is awaited.
 workflows: dict[str, Any] = {}
@@ -20,27 +19,20 @@ workflows: dict[str, Any] = {}
 class Plan:
     """What a run would do now: one line a step, nothing spent.
 
-    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost); ``dollars`` (what the
-    changed steps had cost before; None when that is unknown).
+    ``print(plan)`` shows each step with its state, what differs from its record, and an estimate of its cost.
+
+    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost); ``dollars`` (estimated, for the steps
+    that would run as far as they are known; None when the cost of one is unknown).
     """
 
     def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
         self.run_id = run_id
         self.steps = steps
-        open_ = [step for step in steps if step.state in ("changed", "unknown")]
-        costs = [step.cost for step in open_]
-        self.dollars: Decimal | None = (
-            None if any(c is None for c in costs) else sum((c for c in costs if c), Decimal(0))
-        )
+        dollars, unknown = plans.total(steps)
+        self.dollars: Decimal | None = None if unknown else dollars
 
     def __str__(self) -> str:
-        lines = [f"{self.run_id} · plan"]
-        for step in self.steps:
-            lines.append(f"  {step.state:<8} {step.name}" + (f" · {step.reason}" if step.reason else ""))
-            lines += [f"             {line}" for line in step.diff.splitlines()]
-        if any(step.state in ("changed", "unknown") for step in self.steps):
-            lines.append(f"  estimated cost of the steps shown: {money(self.dollars)}; what follows them is not known")
-        return "\n".join(lines)
+        return plans.render(self.run_id, self.steps)
 
 
 class Run:

@@ -95,7 +95,7 @@ def load_prompt(name: str, /, **variables: Any) -> Prompt:
     text = _text(path)
     relative = path.relative_to(root).as_posix()
     if on_read is not None:
-        on_read(relative, _digest(text))
+        on_read(relative, digest(text))
     head, text = _split(text, path)
     turns = _turns(head.pop("system", None), text, path)
     wanted = {found for _, said in turns for found in _names(said, path)}
@@ -128,9 +128,17 @@ def file_digest(name: str) -> str:
         name: as for :func:`load_prompt`, or a ``Prompt.path``.
     """
     try:
-        return _digest(_text(_find(name)[0]))
+        return digest(_text(_find(name)[0]))
     except UsageError:
         return ""
+
+
+def file_text(name: str) -> str | None:
+    """The text of the prompt file that ``name`` stands for, None when there is none."""
+    try:
+        return _text(_find(name)[0])
+    except UsageError:
+        return None
 
 
 def directories() -> list[Path]:
@@ -172,7 +180,8 @@ def _text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 (byte {exc.start}). Save it as UTF-8.") from exc
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """What tells one text of a prompt file from another."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from agentflow.errors import LeaseLost, StepFailed
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
+from agentflow.records import PlanStep
 from agentflow.settings import log, settings
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
@@ -44,17 +45,6 @@ class Attempts:
     started: bool = False
     doubts: int = 0
     paid: bool = False
-
-
-@dataclass(slots=True)
-class PlanStep:
-    """One line of a plan: ``state`` is reused, changed or unknown (not recorded yet); ``cost`` in dollars, or None."""
-
-    name: str
-    state: str
-    reason: str = ""
-    diff: str = ""
-    cost: Decimal | None = None
 
 
 @dataclass(slots=True)
@@ -128,6 +118,7 @@ class Execution:
     _orders: Any = field(default_factory=itertools.count)
     _codes: set[str] = field(default_factory=set)
     _said: set[str] = field(default_factory=set)
+    _shown: set[Slot] = field(default_factory=set)
     _missed: dict[str, str] = field(default_factory=dict)
     _uuids: dict[str, list[int]] | None = None
     _starts: list[tuple[str, list[int]]] | None = None
@@ -613,6 +604,22 @@ class Execution:
             self._prompts.setdefault(id(step), {})[path] = digest
             step = step.parent
 
+    def keep_prompts(self, read: dict[str, str]) -> list[Op]:
+        """What keeps the texts of prompt files that a step had read, so that a plan can show what was edited."""
+        from agentflow.prompts import digest, file_text
+
+        ops: list[Op] = []
+        for path, known in read.items():
+            text = file_text(path)
+            if text is not None and digest(text) == known and self.new_code(f"prompt-{known}"):
+                ops.append(Add(f"c/prompt-{known}", orjson.dumps(text).decode()))
+        return ops
+
+    def prompt_text(self, known: str) -> str | None:
+        """What a prompt file of this digest said; None where no step that had read it is recorded."""
+        text = self.journal.get(f"c/prompt-{known}")
+        return None if text is None else str(orjson.loads(text))
+
     def known(self, text: str, before: list[int] | None = None) -> bool:
         """Whether a uuid stands in the run's input or in a recorded output: then it is data.
 
@@ -675,19 +682,17 @@ class Execution:
 
     def would_run(self, call: Call) -> None:
         """A line of the plan for a step that has no record to reuse."""
-        from agentflow.compare import differences, unified
+        from agentflow import plans
 
         old = call.slot if call.slot is not None and call.slot.n >= 0 else None
         if old is None:
-            old = next((slot for slot in self.unclaimed(call) if slot.n >= 0), None)
-        if old is None:
-            self.plan_steps.append(PlanStep(call.name, "unknown", "not recorded yet"))
-            return
-        row = self.records.row(old, old.n)
-        shown = unified(differences(row.given, call.given)) if row.given and call.given else ""
-        reason = call.why or "given other data"
-        cost = row.head.get("cost")
-        self.plan_steps.append(PlanStep(call.name, "changed", reason, shown, Decimal(cost) if cost else None))
+            free = [slot for slot in self.unclaimed(call) if slot.n >= 0]
+            old = next((slot for slot in free if slot not in self._shown), free[0] if free else None)
+        if old is not None:
+            self._shown.add(old)
+        row = None if old is None else self.records.row(old, old.n)
+        read = {} if row is None else plans.prompts_edited(row.head.get("prompts", {}), self.prompt_text)
+        self.plan_steps.append(plans.would_run(call, row, read))
 
     def forgotten(self, name: str) -> None:
         if not self.suspended and not self.closed:

@@ -25,7 +25,7 @@ LAYERS = [
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
     {"codec", "providers", "reuse", "rundocs"},
-    {"generate", "settings"},
+    {"generate", "plans", "settings"},
     {"run"},
     {"engine"},
     {"drive"},

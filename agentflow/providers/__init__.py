@@ -79,6 +79,14 @@ def resolve(model: str | None) -> tuple[str, str]:
     )
 
 
+def priced_as(provider: str) -> str:
+    """The name under which published prices of a provider are found, ``""`` where there are none."""
+    if provider in registry.BUILT_IN:
+        return provider.removesuffix("-chat")
+    found = registry.find(provider)
+    return (found.entry.prices or "") if found is not None else ""
+
+
 def get(provider: str) -> Any:
     """A provider's module or a registered server: ``body``, ``send``, ``read``, ``messages``, ``next_turn``."""
     if provider == "openai":
