@@ -76,7 +76,7 @@ async def test_a_changed_prompt_file_is_shown_as_a_diff_with_what_it_would_cost(
     assert plan.dollars == only.cost
     assert "changed  triage · its request changed · costs about $0.1270" in lines(plan)
     assert "+ Who answers, and when, and in which words?" in lines(plan)
-    assert lines(plan)[-1].startswith("estimated cost of the steps shown: about $0.1270; what follows")
+    assert "estimated cost of the steps shown: about $0.1270; what follows" in " ".join(lines(plan))
 
 
 async def test_a_prompt_file_that_a_step_reads_is_shown_as_it_was_and_is(folder: Path) -> None:
@@ -121,7 +121,7 @@ async def test_a_changed_model_and_other_settings_are_lines_of_the_diff() -> Non
     assert {"- max_output_tokens: 50", "+ max_output_tokens: 60"} <= set(lines(plan))
     assert plan.steps[0].cost is None and plan.dollars is None
     assert "costs an unknown amount" in str(plan)
-    assert lines(plan)[-1].startswith("estimated cost of the steps shown: unknown")
+    assert "estimated cost of the steps shown: unknown; what follows" in " ".join(lines(plan))
 
 
 async def test_known_and_unknown_costs_are_not_mixed_up_and_plain_steps_cost_nothing() -> None:
@@ -152,7 +152,7 @@ async def test_known_and_unknown_costs_are_not_mixed_up_and_plain_steps_cost_not
     assert plan.dollars is None
     new = next(each for each in plan.steps if each.name == "new")
     assert (new.state, new.reason) == ("unknown", "not recorded yet, reads about 411 tokens")
-    assert "estimated cost of the steps shown: about $0.1200 and 2 unknown;" in str(plan)
+    assert "estimated cost of the steps shown: about $0.1200 and 2 unknown;" in " ".join(lines(plan))
     assert "three · given other data · costs nothing" in " ".join(lines(plan))
 
 
