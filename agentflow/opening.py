@@ -25,7 +25,7 @@ from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log
+from agentflow.settings import log, only_looking
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,7 @@ def input_digest(flow: Definition, arguments: dict[str, Any]) -> str:
 
 def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
     """Take the run: its lease, its document, its records."""
+    only_looking()
     journal = open_journal()
     text = codec.encode(given, where="input")
     arguments = codec.decode(text)

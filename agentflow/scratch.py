@@ -6,7 +6,7 @@ from agentflow.drive import drive
 from agentflow.journal import Journal
 from agentflow.layout import default_path
 from agentflow.run import Execution
-from agentflow.settings import settings
+from agentflow.settings import only_looking, settings
 
 _scopes: dict[str, Execution] = {}
 
@@ -18,6 +18,7 @@ def open_journal() -> Journal:
 
 def scratch() -> Execution:
     """The scratch scope of the project's journal in this process."""
+    only_looking()
     journal = open_journal()
     scope = _scopes.get(journal.id)
     if scope is None or scope.journal is not journal:

@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(runs.app, name="runs")
 app.add_typer(tasks.app, name="tasks")
 app.command("demo")(demo.demo)
+app.command("plan")(runs.plan)
 
 # The first that fits; whatever else agentflow raises on purpose is a plain failure.
 _CODES = (
