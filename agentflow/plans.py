@@ -38,8 +38,8 @@ def would_run(call: Call, row: Row | None, read: dict[str, tuple[str, str]]) -> 
         if call.kind == "ai":
             reason += f", reads about {estimated_tokens(call.request):,} tokens"
         return PlanStep(call.name, "unknown", reason)
-    if call.kind == "ai" and row.given:
-        shown = _changed_lines(_as_lines(orjson.loads(row.given)), _as_lines(call.request))
+    if (before := _request(call, row)) is not None:
+        shown = _changed_lines(_as_lines(before), _as_lines(call.request))
         reason = call.why or "its request changed"
     else:
         old, new = (_masked(text) for text in (row.given, call.given))
@@ -115,10 +115,19 @@ def _characters(request: dict[str, Any]) -> int:
     return len(json.dumps(body, ensure_ascii=False))
 
 
+def _request(call: Call, row: Row) -> dict[str, Any] | None:
+    """The recorded request of a model call; None for other steps, and for one that was too long to be kept."""
+    if call.kind != "ai" or row.head["kind"] != "ai" or not row.given:
+        return None
+    made: dict[str, Any] = orjson.loads(row.given)
+    return made
+
+
 def _cost(call: Call, row: Row) -> Decimal | None:
     head = row.head
-    if call.kind == "ai" and head["status"] == "completed" and row.given:
-        return _call_cost(call.request, orjson.loads(row.given), orjson.loads(row.output))
+    before = _request(call, row)
+    if before is not None and head["status"] == "completed":
+        return _call_cost(call.request, before, orjson.loads(row.output))
     if head.get("unpriced"):
         return None
     if head.get("cost"):

@@ -610,8 +610,8 @@ class Execution:
 
         ops: list[Op] = []
         for path, known in read.items():
-            text = file_text(path)
-            if text is not None and digest(text) == known and self.new_code(f"prompt-{known}"):
+            text = file_text(path) if self.new_code(f"prompt-{known}") else None
+            if text is not None and digest(text) == known:
                 ops.append(Add(f"c/prompt-{known}", orjson.dumps(text).decode()))
         return ops
 

@@ -267,3 +267,18 @@ async def test_a_plan_writes_no_prompt_and_a_record_keeps_each_text_once(folder:
 def test_an_estimate_counts_all_that_is_read() -> None:
     assert estimated_tokens({"body": {"model": "m", "input": [{"role": "user", "content": "x" * 400}]}}) == 111
     assert estimated_tokens({"body": {"model": "m", "input": []}}) == 3
+
+
+async def test_a_step_that_becomes_a_model_call_of_the_same_name_is_planned() -> None:
+    asks = False
+
+    @workflow("becomes-flow")
+    async def flow(ctx: Context, n: int) -> str:
+        if asks:
+            return await generate_content("Hi", model=MODEL, name="greet")
+        return await step("greet", lambda: "Hi")
+
+    await flow.run(1)
+    asks = True
+    (only,) = (await flow.plan(1)).steps
+    assert (only.name, only.state, only.cost) == ("greet", "changed", None)

@@ -16,7 +16,7 @@ from agentflow.providers.common import (
     Server,
     client,
     count,
-    post,
+    create,
     refuse_foreign,
     reported_failure,
 )
@@ -122,26 +122,12 @@ async def send(
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes, more for a large ``max_tokens``."""
     server = server or Server(NAME, make_client, "anthropic")
-    sdk = await client(server)
+    api = (await client(server)).messages
+    required = {name: body[name] for name in ("model", "max_tokens", "messages")}
     # The SDK refuses a large max_tokens without a timeout of one's own, for it would take too long.
-    allowed = timeout or max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
-
-    whole = streams.Messages() if on_text is not None else None
-    sent = body if whole is None else {**body, "stream": True}
-    api = sdk.messages
-    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
-
-    def call() -> Any:
-        return create(
-            model=body["model"],
-            max_tokens=body["max_tokens"],
-            messages=body["messages"],
-            extra_body=sent,
-            timeout=allowed,
-        )
-
-    return await post(
-        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    allowed = max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
+    return await create(
+        server, api, required, body, timeout, read, streams.Messages, {"stream": True}, on_text, allowed
     )
 
 

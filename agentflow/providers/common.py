@@ -235,6 +235,50 @@ async def post(
     }
 
 
+async def create(
+    server: Server,
+    api: Any,
+    required: dict[str, Any],
+    body: dict[str, Any],
+    timeout: float | None,
+    read: Callable[[dict[str, Any], str], Parts],
+    whole: type[streams.Whole],
+    streamed: dict[str, Any],
+    on_text: OnText | None,
+    allowed: float | None = None,
+) -> Raw:
+    """One POST to an API of the SDK that generates, streamed where someone listens.
+
+    Args:
+        server: whom to ask.
+        api: the SDK's resource, such as ``sdk.responses``.
+        required: what its ``create`` wants by name; the body is sent as it is all the same.
+        body: what is asked.
+        timeout: seconds for the POST and all of its answer; None for ``allowed``.
+        read: the provider's ``read``.
+        whole: puts a streamed reply together.
+        streamed: what in a body says that it is streamed.
+        on_text: given each piece of text; None does not stream.
+        allowed: seconds that the SDK waits without a ``timeout``; None for ten minutes.
+    """
+    listening = on_text is not None
+    methods = api.with_streaming_response if listening else api.with_raw_response
+    sent = {**body, **streamed} if listening else body
+
+    def call() -> Any:
+        return methods.create(**required, extra_body=sent, timeout=timeout or allowed or DEFAULT_TIMEOUT)
+
+    return await post(
+        server,
+        call,
+        lambda content: read(content, server.name),
+        body,
+        timeout,
+        whole=whole() if listening else None,
+        on_text=on_text,
+    )
+
+
 async def _ignore(text: str) -> None:
     pass
 

@@ -16,6 +16,7 @@ from agentflow.providers.common import (
     Server,
     client,
     count,
+    create,
     holds,
     post,
     refuse_foreign,
@@ -80,19 +81,9 @@ async def send(
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
-    sdk = await client(server)
-
-    whole = streams.Responses() if on_text is not None else None
-    sent = body if whole is None else {**body, "stream": True}
-    api = sdk.responses
-    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
-
-    def call() -> Any:
-        return create(model=body["model"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT)
-
-    return await post(
-        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
-    )
+    api = (await client(server)).responses
+    required = {"model": body["model"]}
+    return await create(server, api, required, body, timeout, read, streams.Responses, {"stream": True}, on_text)
 
 
 async def embed(body: dict[str, Any], timeout: float | None, *, server: Server | None = None) -> Raw:

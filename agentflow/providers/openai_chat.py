@@ -8,16 +8,15 @@ from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
 from agentflow.providers import streams
 from agentflow.providers.common import (
-    DEFAULT_TIMEOUT,
     Ask,
     OnText,
     Parts,
     Server,
     client,
     count,
+    create,
     effort,
     holds,
-    post,
     refuse_foreign,
     reported_failure,
 )
@@ -77,21 +76,10 @@ async def send(
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
-    sdk = await client(server)
-
-    whole = streams.Chat() if on_text is not None else None
-    sent = body if whole is None else {**body, "stream": True, "stream_options": {"include_usage": True}}
-    api = sdk.chat.completions
-    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
-
-    def call() -> Any:
-        return create(
-            model=body["model"], messages=body["messages"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT
-        )
-
-    return await post(
-        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
-    )
+    api = (await client(server)).chat.completions
+    required = {"model": body["model"], "messages": body["messages"]}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    return await create(server, api, required, body, timeout, read, streams.Chat, streamed, on_text)
 
 
 def read(body: dict[str, Any], name: str = NAME) -> Parts:
