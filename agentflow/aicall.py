@@ -247,7 +247,9 @@ def generate_content(
     place is never paid again: after a restart, in a second run, or when only code around it was edited.
 
     Args:
-        prompt: text, a ``Prompt``, or a list of messages (``Reply.messages`` continues a conversation).
+        prompt: text, a ``Prompt``, or a list of messages (``Reply.messages`` continues a conversation). What a
+            ``Prompt`` says of model, system message, output type, ``max_tokens``, ``temperature``, ``reasoning`` and
+            ``extra`` holds where the call says nothing (for ``output_type``: ``str`` or ``Reply``).
         data: shown to the model after the prompt, as plain JSON. None: nothing.
         model: ``"openai:..."`` (Responses), ``"openai-chat:..."`` (Chat Completions), ``"anthropic:..."`` (Messages).
             None: ``configure(model=)`` or ``AGENTFLOW_MODEL``.
@@ -262,8 +264,12 @@ def generate_content(
             ``batch``.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
-        temperature: only where the API takes it.
-        reasoning: a word such as ``"low"``, or the provider's settings as a dict.
+        temperature: only where the API takes it: Anthropic's Messages does not, which is an error before anything
+            is sent; OpenAI's reasoning models answer it with an error 400, which costs nothing.
+        reasoning: a word such as ``"low"``, or the provider's settings as a dict: OpenAI's ``reasoning``
+            (``{"effort": "high", "summary": "auto"}``; Chat Completions takes a word only), Anthropic's ``thinking``
+            (``{"type": "enabled", "budget_tokens": 4096}``) with ``"effort"`` beside it where the model has that.
+            ``"none"`` turns it off.
         timeout: seconds or a duration for one POST. None: ten minutes or more. In the background: for all the waiting
             of an attempt, None without end; a call that takes longer goes on, and is waited for by the next attempt.
         retry: None: 3 attempts for transient errors, Retry-After honoured; 1 inside a step with its own retry.
@@ -279,7 +285,10 @@ def generate_content(
         on_text: a function, sync or async, given the answer's text piece by piece as it is written, each turn and
             each new attempt from its beginning; a replay hands it the whole text at once. It is no part of what is
             asked. What it raises is raised once the answer is recorded; run again, the answer is replayed to it.
-        extra: more fields of the provider's request body.
+        extra: more fields of the provider's request body, such as ``top_p``. They are part of what is asked.
+            ``{"cache_control": {"type": "ephemeral"}}`` marks an Anthropic prompt for the provider's cache (OpenAI
+            caches by itself); to mark other places, write messages with ``cache_control`` in their blocks, which
+            are sent on word for word. ``Reply.usage`` and costs tell what was written and read.
 
     Raises:
         UsageError, UnknownModel: before anything is sent.

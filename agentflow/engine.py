@@ -53,9 +53,9 @@ from agentflow.errors import (
 from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
-from agentflow.records import ONCE, Retry
+from agentflow.records import ONCE, PlanStep, Retry
 from agentflow.reuse import Effect, find, given_same, judge, like, located
-from agentflow.run import Attempts, PlanStep
+from agentflow.run import Attempts
 from agentflow.supplied import as_recorded
 from agentflow.workers import in_flight
 
@@ -433,6 +433,8 @@ def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Genera
         ops += [extra for extra in call.extra_ops if not isinstance(extra, str)]
     if call.code is not None and ex.new_code(call.code.digest):
         ops.append(Add(f"c/{call.code.digest}", orjson.dumps(call.code.parts).decode()))
+    if "prompts" in head:
+        ops += ex.keep_prompts(head["prompts"])
     recorded = yield ("commit", ops, head.get("ai", False))
     ex.committed(slot)
     claimed = 1 + (len(named) if head["status"] == "completed" else 0)

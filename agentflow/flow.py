@@ -33,7 +33,8 @@ from agentflow.errors import (
     Waiting,
 )
 from agentflow.handles import Plan, Run, single, workflows
-from agentflow.run import Execution, PlanStep
+from agentflow.records import PlanStep
+from agentflow.run import Execution
 from agentflow.scratch import open_journal
 
 P = ParamSpec("P")

@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any, Protocol, get_args, get_origin
 
 from agentflow import background as in_background
-from agentflow import providers, schema
+from agentflow import outputtypes, providers, schema
 from agentflow import tools as tools_
 from agentflow.calls import Unanswered
 from agentflow.durations import Duration, seconds
@@ -116,6 +116,12 @@ def prepare(
         UsageError: an argument cannot mean anything, or has no form in the provider's API.
         UnknownModel: no model is named anywhere, or no provider knows it.
     """
+    if isinstance(prompt, Prompt):
+        max_tokens = prompt.max_tokens if max_tokens is None else max_tokens
+        temperature = prompt.temperature if temperature is None else temperature
+        reasoning = prompt.reasoning if reasoning is None else reasoning
+        extra = {**(prompt.extra or {}), **(extra or {})}
+        output_type = _output_of(prompt, output_type)
     box = tools_.toolbox(tools)
     if box and (background or batch):
         raise UsageError("tools= together with background= or batch= is not supported. Nothing was sent.")
@@ -137,7 +143,7 @@ def prepare(
         system = prompt.system if system is None else system
         model = prompt.model if model is None else model
         name = prompt.name if name is None else name
-        prompt = prompt.text
+        prompt = [*prompt.earlier, {"role": "user", "content": prompt.text}] if prompt.earlier else prompt.text
     provider_name, model_name = providers.resolve(model)
     own_system, messages = _messages(prompt, data)
     shown = load_files(files)
@@ -367,6 +373,15 @@ def _wanted(output_type: Any) -> Any:
     if get_origin(output_type) is Reply:
         return get_args(output_type)[0]
     return output_type
+
+
+def _output_of(prompt: Prompt, output_type: Any) -> Any:
+    """The type to ask for: the prompt's where the call asks for text, which is what it says by saying nothing."""
+    if prompt.output is None or output_type not in (str, Reply):
+        return output_type
+    found = outputtypes.named(prompt.output, prompt.path or "Prompt")
+    reply_of: Any = Reply
+    return found if output_type is str else reply_of[found]
 
 
 def _messages(prompt: Any, data: Any) -> tuple[str | None, list[dict[str, Any]]]:

@@ -10,14 +10,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, redo, rundocs
+from agentflow import codec, control, plans, redo, rundocs
 from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.context import view
 from agentflow.errors import AgentflowError, RunCancelled, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
-from agentflow.records import StepRecord, moment, money
-from agentflow.run import PlanStep
+from agentflow.records import PlanStep, StepRecord, moment
 
 if TYPE_CHECKING:
     from agentflow.rundiff import RunDiff
@@ -32,30 +31,20 @@ _UNSET: Any = object()
 class Plan:
     """What a run would do now: one line a step, nothing spent.
 
-    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost, tokens); ``dollars`` (what the steps that
-    would run cost: model calls by their tokens, with an answer as long as the one before or an assumed one, other
-    steps what they had cost before; None when that is unknown).
+    ``print(plan)`` shows each step with its state, what differs from its record, and an estimate of its cost.
+
+    Attributes: ``steps`` (``PlanStep``: name, state, reason, diff, cost, tokens); ``dollars`` (estimated, for the steps
+    that would run as far as they are known; None when the cost of one is unknown).
     """
 
     def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
         self.run_id = run_id
         self.steps = steps
-        open_ = [step for step in steps if step.state in ("changed", "unknown")]
-        costs = [step.cost for step in open_]
-        self.dollars: Decimal | None = (
-            None if any(c is None for c in costs) else sum((c for c in costs if c), Decimal(0))
-        )
+        dollars, unknown = plans.total(steps)
+        self.dollars: Decimal | None = None if unknown else dollars
 
     def __str__(self) -> str:
-        lines = [f"{self.run_id} · plan"]
-        for step in self.steps:
-            lines.append(f"  {step.state:<8} {step.name}" + (f" · {step.reason}" if step.reason else ""))
-            if step.tokens is not None:
-                lines.append(f"             {step.tokens}, about {money(step.cost)}")
-            lines += [f"             {line}" for line in step.diff.splitlines()]
-        if any(step.state in ("changed", "unknown") for step in self.steps):
-            lines.append(f"  estimated cost of the steps shown: {money(self.dollars)}; what follows them is not known")
-        return "\n".join(lines)
+        return plans.render(self.run_id, self.steps)
 
 
 class Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -31,7 +32,13 @@ def set_price(
 
 
 def price(
-    provider: str, model: str, usage: Usage, *, asked: str | None = None, batch: bool = False
+    provider: str,
+    model: str,
+    usage: Usage,
+    *,
+    asked: str | None = None,
+    searches: Mapping[str, int] | None = None,
+    batch: bool = False,
 ) -> tuple[Decimal | None, dict[str, Any]]:
     """Dollars for ``usage``, and the rates they come from.
 
@@ -40,21 +47,26 @@ def price(
         model: the model that answered, as the provider names it.
         usage: what it used.
         asked: the model that was asked for, tried when ``model`` has no known price.
+        searches: how often the provider searched for the call, which it charges for by the search: ``"web"``, and
+            ``"storage"`` for files.
         batch: True for a reply that came through a batch: the published batch price, or half of the standard one.
 
     Returns:
         The cost, None where no price is known, and the facts to keep beside the call: ``source`` and
-        dollars per million tokens as text. The facts of an unknown price are empty.
+        dollars per million tokens as text, and per thousand searches where there were any. The facts of an
+        unknown price are empty.
     """
     names = [name for name in dict.fromkeys((model, asked)) if name]
+    searched = {what: number for what, number in (searches or {}).items() if number}
     for name in names:
         if name in _PRICES:
-            own = _own(_PRICES[name], usage)
+            # What a search costs was not said with set_price.
+            own = (None, {}) if searched else _own(_PRICES[name], usage)
             return _halved(*own) if batch else own
     for name in names:
-        found = _published(provider, name, usage)
+        found = _published(provider, name, usage, searched)
         if found is not None and batch:
-            cheaper = _published(provider, name, usage, batch=True)
+            cheaper = _published(provider, name, usage, searched, batch=True)
             if cheaper is not None and cheaper[0] < found[0]:
                 return cheaper[0], {**cheaper[1], "discount": "batch, as published"}
             return _halved(*found)
@@ -63,7 +75,9 @@ def price(
     return None, {}
 
 
-def _halved(cost: Decimal, facts: dict[str, Any]) -> tuple[Decimal, dict[str, Any]]:
+def _halved(cost: Decimal | None, facts: dict[str, Any]) -> tuple[Decimal | None, dict[str, Any]]:
+    if cost is None:
+        return None, {}
     return cost / 2, {**facts, "discount": "batch: half of the price per million"}
 
 
@@ -84,7 +98,7 @@ def _own(rates: dict[str, Decimal], usage: Usage) -> tuple[Decimal, dict[str, An
 
 
 def _published(
-    provider: str, model: str, usage: Usage, *, batch: bool = False
+    provider: str, model: str, usage: Usage, searches: Mapping[str, int], *, batch: bool = False
 ) -> tuple[Decimal, dict[str, Any]] | None:
     import genai_prices  # 0.2 s: only when a live call is to be priced
 
@@ -93,6 +107,8 @@ def _published(
         output_tokens=usage.output_tokens,
         cache_read_tokens=usage.cached_tokens,
         cache_write_tokens=usage.cache_write_tokens,
+        cache_write_1h_tokens=usage.cache_write_1h_tokens,
+        **{f"{what}_searches": number for what, number in searches.items()},
     )
     try:
         found = genai_prices.calc_price(
@@ -104,8 +120,20 @@ def _published(
     except (LookupError, ValueError):
         return None
     rates = {}
-    for what in ("input", "output", "cache_read", "cache_write"):
+    for what in ("input", "output", "cache_read", "cache_write", "cache_write_1h"):
         rate = getattr(found.model_price, f"{what}_mtok", None)
         if rate is not None:
-            rates["cached" if what == "cache_read" else what] = str(getattr(rate, "base", rate))
-    return found.total_price, {"source": "genai-prices", "model": found.model.id, "per_million": rates}
+            rates["cached" if what == "cache_read" else what] = str(_tier(rate, usage.input_tokens))
+    facts: dict[str, Any] = {"source": "genai-prices", "model": found.model.id, "per_million": rates}
+    for what in searches:
+        rate = getattr(found.model_price, f"{what}_searches_kcount", None)
+        if rate is None:  # charged for, but nobody says how much
+            return None
+        facts.setdefault("per_thousand", {})[f"{what}_searches"] = str(rate)
+    return found.total_price, facts
+
+
+def _tier(rate: Any, input_tokens: int) -> Any:
+    """The rate of a call of that length: long ones can cost more a token."""
+    tiers = [tier.price for tier in getattr(rate, "tiers", ()) if input_tokens > tier.start]
+    return tiers[-1] if tiers else getattr(rate, "base", rate)

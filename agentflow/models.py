@@ -20,6 +20,7 @@ class Usage:
         cached_tokens: the part of ``input_tokens`` that was read from the provider's cache.
         reasoning_tokens: the part of ``output_tokens`` that was reasoning.
         cache_write_tokens: the part of ``input_tokens`` that was written to the provider's cache.
+        cache_write_1h_tokens: the part of ``cache_write_tokens`` that is kept for an hour and not for minutes.
     """
 
     input_tokens: int = 0
@@ -27,6 +28,7 @@ class Usage:
     cached_tokens: int = 0
     reasoning_tokens: int = 0
     cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         """Both calls together."""
@@ -36,6 +38,7 @@ class Usage:
             self.cached_tokens + other.cached_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
             self.cache_write_tokens + other.cache_write_tokens,
+            self.cache_write_1h_tokens + other.cache_write_1h_tokens,
         )
 
 

@@ -30,7 +30,7 @@ from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
-from agentflow.settings import log, now, settings
+from agentflow.settings import log, now, only_looking, settings
 
 # The runs that this process executes; those that have ended are in it until they are collected.
 executing: weakref.WeakSet[Execution] = weakref.WeakSet()
@@ -113,6 +113,7 @@ def input_digest(flow: Definition, arguments: dict[str, Any]) -> str:
 
 def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
     """Take the run: its lease, its document, its records."""
+    only_looking()
     journal = open_journal()
     text = codec.encode(given, where="input")
     arguments = codec.decode(text)

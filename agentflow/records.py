@@ -218,6 +218,30 @@ def moment(epoch: float | None) -> datetime | None:
     return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
 
 
+@dataclass(slots=True)
+class PlanStep:
+    """One line of a plan.
+
+    Attributes:
+        name: the step's.
+        state: ``reused``, ``changed``, or ``unknown`` (not recorded yet); the end of a body that fails is ``fails``.
+        reason: why it would run.
+        diff: what differs from the record, line by line, secrets masked.
+        cost: estimated dollars, None when they are not known. A model call is taken to read what its request
+            is longer or shorter by, and to write what it wrote before, an unrecorded one what a budget assumes;
+            other steps to cost what they had cost.
+        tokens: of a model call's request, and whether they are exact, assumed or estimated (``tokens.Count``); None
+            for other steps.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    diff: str = ""
+    cost: Decimal | None = None
+    tokens: Any = None
+
+
 def money(dollars: Decimal | None) -> str:
     """Dollars for people: four decimals below ten dollars, two above.
 

@@ -18,16 +18,15 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec, costs, sending
+from agentflow import codec, costs
 from agentflow.budgets import RunBudget
 from agentflow.calls import Call, Current, Here, current_task, here
 from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeout
 from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Row, Slot, in_key, short
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
-from agentflow.records import moment
+from agentflow.records import PlanStep, moment
 from agentflow.settings import log, now
-from agentflow.tokens import Count
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
 PROCESS_START = time.time()
@@ -47,24 +46,6 @@ class Attempts:
     started: bool = False
     doubts: int = 0
     paid: bool = False
-
-
-@dataclass(slots=True)
-class PlanStep:
-    """One line of a plan.
-
-    Attributes:
-        state: reused, changed or unknown (not recorded yet).
-        cost: estimated dollars; None if that is not known.
-        tokens: of a model call's question, and whether they are exact, assumed or estimated; None for other steps.
-    """
-
-    name: str
-    state: str
-    reason: str = ""
-    diff: str = ""
-    cost: Decimal | None = None
-    tokens: Count | None = None
 
 
 @dataclass(slots=True)
@@ -153,6 +134,7 @@ class Execution:
     _codes: set[str] = field(default_factory=set)
     _ids: dict[str, set[str]] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
+    _shown: set[Slot] = field(default_factory=set)
     _missed: dict[str, str] = field(default_factory=dict)
     _uuids: dict[str, list[int]] | None = None
     _starts: list[tuple[str, list[int]]] | None = None
@@ -727,6 +709,22 @@ class Execution:
             self._prompts.setdefault(id(step), {})[path] = digest
             step = step.parent
 
+    def keep_prompts(self, read: dict[str, str]) -> list[Op]:
+        """What keeps the texts of prompt files that a step had read, so that a plan can show what was edited."""
+        from agentflow.prompts import digest, file_text
+
+        ops: list[Op] = []
+        for path, known in read.items():
+            text = file_text(path) if self.new_code(f"prompt-{known}") else None
+            if text is not None and digest(text) == known:
+                ops.append(Add(f"c/prompt-{known}", orjson.dumps(text).decode()))
+        return ops
+
+    def prompt_text(self, known: str) -> str | None:
+        """What a prompt file of this digest said; None where no step that had read it is recorded."""
+        text = self.journal.get(f"c/prompt-{known}")
+        return None if text is None else str(orjson.loads(text))
+
     def known(self, text: str, before: list[int] | None = None) -> bool:
         """Whether a uuid stands in the run's input or in a recorded output: then it is data.
 
@@ -794,27 +792,17 @@ class Execution:
 
     def would_run(self, call: Call) -> None:
         """A line of the plan for a step that has no record to reuse."""
-        from agentflow.compare import differences, unified
+        from agentflow import plans
 
         old = call.slot if call.slot is not None and call.slot.n >= 0 else None
         if old is None:
-            old = next((slot for slot in self.unclaimed(call) if slot.n >= 0), None)
-        asks = call.request is not None and "body" in call.request
-        if old is None:
-            planned = PlanStep(call.name, "unknown", "not recorded yet")
-            if asks:
-                planned.cost, planned.tokens = sending.estimate(call.request, None)
-            self.plan_steps.append(planned)
-            return
-        row = self.records.row(old, old.n)
-        shown = unified(differences(row.given, call.given)) if row.given and call.given else ""
-        cost = row.head.get("cost")
-        planned = PlanStep(
-            call.name, "changed", call.why or "given other data", shown, Decimal(cost) if cost is not None else None
-        )
-        if asks and row.head["status"] == "completed":
-            planned.cost, planned.tokens = sending.estimate(call.request, codec.decode(row.output)["usage"])
-        self.plan_steps.append(planned)
+            free = [slot for slot in self.unclaimed(call) if slot.n >= 0]
+            old = next((slot for slot in free if slot not in self._shown), free[0] if free else None)
+        if old is not None:
+            self._shown.add(old)
+        row = None if old is None else self.records.row(old, old.n)
+        read = {} if row is None else plans.prompts_edited(row.head.get("prompts", {}), self.prompt_text)
+        self.plan_steps.append(plans.would_run(call, row, read))
 
     def forgotten(self, name: str) -> None:
         if not self.suspended and not self.closed:

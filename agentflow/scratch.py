@@ -12,7 +12,7 @@ from agentflow.errors import JournalError
 from agentflow.journal import Journal
 from agentflow.layout import default_path
 from agentflow.run import Execution
-from agentflow.settings import log, settings
+from agentflow.settings import log, only_looking, settings
 
 _scopes: dict[str, Execution] = {}
 _at_exit: list[Any] = []
@@ -25,6 +25,7 @@ def open_journal() -> Journal:
 
 def scratch() -> Execution:
     """The scratch scope of the project's journal in this process."""
+    only_looking()
     journal = open_journal()
     scope = _scopes.get(journal.id)
     if scope is None or scope.journal is not journal:

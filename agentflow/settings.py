@@ -38,6 +38,20 @@ class Settings:
     quiet: bool = False
     clock: Callable[[], float] | None = None
     budget: Any = None  # a budgets.Period
+    looking: bool = False  # a command imports the user's module to look at it: nothing may be run
+
+
+def only_looking() -> None:
+    """Refuses what would run or pay while a module is imported only to be looked at.
+
+    Raises:
+        UsageError: it is.
+    """
+    if settings.looking:
+        raise UsageError(
+            "a step or a run was started while the module was imported only to be looked at. Put what starts it "
+            'below if __name__ == "__main__". Nothing was run.'
+        )
 
 
 settings = Settings()

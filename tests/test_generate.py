@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -405,9 +406,44 @@ def test_options_stand_where_the_provider_looks_for_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "reasoning", "found"),
+    [
+        ("openai:gpt-5.2", "none", {"reasoning": {"effort": "none"}}),
+        ("openai:gpt-5", {"effort": "high", "summary": "auto"}, {"reasoning": {"effort": "high", "summary": "auto"}}),
+        ("openai-chat:o4-mini", "high", {"reasoning_effort": "high"}),
+        ("openrouter:x/y", "high", {"reasoning_effort": "high"}),
+        ("anthropic:claude-opus-4-8", "xhigh", {"output_config": {"effort": "xhigh"}}),
+        ("anthropic:claude-opus-4-8", "none", {"thinking": {"type": "disabled"}}),
+        ("anthropic:claude-opus-4-8", {"type": "adaptive"}, {"thinking": {"type": "adaptive"}}),
+        (
+            "anthropic:claude-opus-4-8",
+            {"type": "adaptive", "effort": "low"},
+            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+        ),
+        (
+            "anthropic:claude-haiku-4-5",
+            {"type": "enabled", "budget_tokens": 15_999},
+            {"thinking": {"type": "enabled", "budget_tokens": 15_999}},
+        ),
+    ],
+)
+def test_reasoning_is_said_in_the_words_of_each_api(model: str, reasoning: Any, found: dict[str, Any]) -> None:
+    plain = prepare("Hi", model=model).request["body"]
+    assert prepare("Hi", model=model, reasoning=reasoning).request["body"] == {**plain, **found}
+
+
+def test_effort_stands_beside_the_form_of_the_answer() -> None:
+    body = prepare("Hi", model="anthropic:claude-opus-4-8", reasoning="low", output_type=list[int]).request["body"]
+    assert body["output_config"]["effort"] == "low" and body["output_config"]["format"]["type"] == "json_schema"
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"tools": [print]}, "tools.0. .print.: parameter .args. takes any number"),
+        ({"model": MODELS[2], "reasoning": {"type": "enabled", "budget_tokens": 16_000}}, "less than max_tokens=16000"),
+        ({"model": MODELS[2], "reasoning": {"type": "enabled", "budget_tokens": 1_000}}, "at least 1024"),
+        ({"model": MODELS[2], "prompt": [{"role": "system", "content": [{"type": "text"}]}]}, "but the system's"),
         ({"files": ["no-such.pdf"]}, "no such file"),
         ({"background": True, "model": MODELS[1]}, "background=True needs the OpenAI Responses API"),
         ({"extra": {"background": True}}, "write background=True"),
@@ -743,7 +779,10 @@ def test_the_counting_server_outlives_a_killed_client_and_has_counted_its_call(t
         assert [event["model"] for event in arrived] == ["m"]
         assert answered == []
         assert httpx2.post(f"{url}/v1/messages?latency=0", json={"model": "n"}).json()["model"] == "n"
-        assert [event["n"] for event in read_log(log)[1]] == [2]
+        deadline = time.monotonic() + 15
+        while not (answered := read_log(log)[1]) and time.monotonic() < deadline:  # noted once it is sent
+            time.sleep(0.005)
+        assert [event["n"] for event in answered] == [2]
     finally:
         server.kill()
         server.wait()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -26,7 +28,7 @@ from agentflow import (
     workflow,
 )
 from agentflow.journal import Journal
-from agentflow.providers import streams
+from agentflow.providers import common, openai, streams
 from agentflow.testing import FakeModel, reply_body, request_of, sse
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
@@ -499,3 +501,71 @@ def test_arguments_of_a_tool_that_were_cut_off_by_max_tokens_do_not_break_the_st
     assert reply.done
     assert reply.body()["content"] == [{"type": "tool_use", "name": "f", "input": '{"a": 1, "b'}]
     assert reply.body()["usage"] == {"input_tokens": 9, "output_tokens": 5}
+
+
+class Clock:
+    """The event loop's clock, which can be put forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loop = asyncio.get_running_loop()
+        real, self.ahead = loop.time, 0.0
+        monkeypatch.setattr(loop, "time", lambda: real() + self.ahead)
+
+    async def forward(self, seconds: float) -> None:
+        self.ahead += seconds
+        for _ in range(3):  # what is due now gets its turn
+            await asyncio.sleep(0)
+
+
+@each_model
+async def test_the_time_of_on_text_does_not_count_against_the_timeout(
+    model_name: str, loopback: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = loopback({"text": LONG})
+    clock = Clock(monkeypatch)
+    heard: list[str] = []
+
+    async def slow(text: str) -> None:
+        heard.append(text)
+        await clock.forward(1000)
+
+    assert await generate_content("Hi", model=model_name, on_text=slow, timeout=60) == LONG
+    assert "".join(heard) == LONG and len(heard) > 3
+    assert len(server.arrived) == 1
+
+
+@pytest.mark.parametrize("before", [0, 40])
+async def test_a_server_that_falls_silent_after_a_slow_on_text_has_what_was_left_of_the_timeout(
+    before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    silent = asyncio.Event()
+
+    class Answer:
+        status_code, headers = 200, {"content-type": "text/event-stream"}
+
+        async def aiter_bytes(self) -> AsyncIterator[bytes]:
+            await clock.forward(before)
+            yield b'data: {"type": "response.output_text.delta", "delta": "Hi"}\n\n'
+            silent.set()
+            await asyncio.Event().wait()
+
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[Any]:
+        yield SimpleNamespace(http_response=Answer())
+
+    async def slow(text: str) -> None:
+        await clock.forward(1000)
+
+    server = common.Server("openai", lambda transport: None, "openai")
+    whole = streams.Responses()
+    body = {"model": "gpt-4o-mini"}
+    posting = asyncio.ensure_future(common.post(server, opened, openai.read, body, 60, whole=whole, on_text=slow))
+    await silent.wait()
+    await clock.forward(59 - before)
+    assert not posting.done()
+    await clock.forward(2)
+    assert posting.done()
+    with pytest.raises(ModelError, match="no answer within 60 s") as caught:
+        await posting
+    assert (caught.value.code, caught.value.retryable) == ("timeout", True)

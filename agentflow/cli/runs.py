@@ -274,6 +274,9 @@ def _results(given: list[str] | None) -> dict[str, Any] | None:
             raise typer.BadParameter(f"--result {each}: write STEP=JSON, such as draft='\"a text\"'.")
         found[name] = _json(text, f"--result {name}")
     return found
+
+
+@app.command()
 def cancel(
     run_id: Annotated[str, typer.Argument(metavar="RUN")],
     compensate: Annotated[bool, typer.Option("--compensate", help="Undo its steps when it is next run.")] = False,

@@ -61,6 +61,19 @@ def find_class(ref: str, fits: Callable[[Any], bool], kind: str, names: set[str]
     raise UnknownType(f"{ref}, a recorded {kind}, is not loaded: {advice}", ref)
 
 
+def find_loaded(name: str) -> list[type]:
+    """The classes called ``name``, or ``module.name``, in all loaded modules but those of the standard library."""
+    found: list[type] = []
+    for module in list(sys.modules):
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            continue
+        for qualname in {name, name.removeprefix(f"{module}.")}:
+            cls = _lookup(module, qualname)
+            if cls is not None and cls not in found:
+                found.append(cls)
+    return found
+
+
 def _lookup(module: str, qualname: str) -> type | None:
     """Walk namespaces without getattr, which could run a module's ``__getattr__`` and import."""
     node: Any = sys.modules.get(module)

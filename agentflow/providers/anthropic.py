@@ -18,7 +18,7 @@ from agentflow.providers.common import (
     Server,
     client,
     count,
-    post,
+    create,
     refuse_foreign,
     reported_failure,
 )
@@ -43,18 +43,20 @@ def body(ask: Ask) -> dict[str, Any]:
             'Leave it out, or for a model that still takes it write extra={"temperature": ...}.'
         )
     refuse_foreign(NAME, ask.messages, _own)
+    system, asked = _system(ask)
     made: dict[str, Any] = {
         "model": ask.model,
         "max_tokens": DEFAULT_MAX_TOKENS if ask.max_tokens is None else ask.max_tokens,
-        "messages": attach(ask.messages, [_file(file) for file in ask.files], "text"),
+        "messages": attach(asked, [_file(file) for file in ask.files], "text"),
     }
-    if ask.system is not None:
-        made["system"] = ask.system
+    if system is not None:
+        made["system"] = system
+    effort, thinking = _reasoning(ask.reasoning, made["max_tokens"])
     config: dict[str, Any] = {}
-    if isinstance(ask.reasoning, str):
-        config["effort"] = ask.reasoning
-    elif ask.reasoning is not None:
-        made["thinking"] = ask.reasoning
+    if effort is not None:
+        config["effort"] = effort
+    if thinking is not None:
+        made["thinking"] = thinking
     if ask.output is not None:
         config["format"] = {"type": "json_schema", "schema": ask.output.plain}
     if config:
@@ -77,6 +79,34 @@ def tool_results(results: Sequence[tuple[str, str, bool]]) -> list[dict[str, Any
         block: dict[str, Any] = {"type": "tool_result", "tool_use_id": ident, "content": text}
         blocks.append({**block, "is_error": True} if failed else block)
     return [{"role": "user", "content": blocks}]
+
+
+def _system(ask: Ask) -> tuple[Any, list[dict[str, Any]]]:
+    """The system prompt and the other messages: one in blocks, as for a mark of the prompt cache, stays in blocks."""
+    blocks: list[dict[str, Any]] = []
+    rest = list(ask.messages)
+    while rest and rest[0].get("role") == "system" and isinstance(rest[0].get("content"), list):
+        blocks += rest.pop(0)["content"]
+    if not blocks:
+        return ask.system, rest
+    if not rest:
+        raise UsageError("The prompt holds no message but the system's. Nothing was sent.")
+    return [*([] if ask.system is None else [{"type": "text", "text": ask.system}]), *blocks], rest
+
+
+def _reasoning(reasoning: str | dict[str, Any] | None, max_tokens: int) -> tuple[Any, dict[str, Any] | None]:
+    """``output_config.effort`` and ``thinking``. https://platform.claude.com/docs/en/build-with-claude/thinking"""
+    if reasoning is None or isinstance(reasoning, str):
+        return (None, {"type": "disabled"}) if reasoning == "none" else (reasoning, None)
+    thinking = dict(reasoning)
+    effort = thinking.pop("effort", None)
+    budget = thinking.get("budget_tokens")
+    if isinstance(budget, int) and not 1024 <= budget < max_tokens:
+        raise UsageError(
+            f"reasoning={reasoning!r}: budget_tokens is at least 1024 and less than max_tokens={max_tokens}, which "
+            "limits thinking and answer together. Lower it, or raise max_tokens=. Nothing was sent."
+        )
+    return effort, thinking or None
 
 
 def _file(file: File) -> dict[str, Any]:
@@ -111,26 +141,12 @@ async def send(
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes, more for a large ``max_tokens``."""
     server = server or Server(NAME, make_client, "anthropic")
-    sdk = await client(server)
+    api = (await client(server)).messages
+    required = {name: body[name] for name in ("model", "max_tokens", "messages")}
     # The SDK refuses a large max_tokens without a timeout of one's own, for it would take too long.
-    allowed = timeout or max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
-
-    whole = streams.Messages() if on_text is not None else None
-    sent = body if whole is None else {**body, "stream": True}
-    api = sdk.messages
-    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
-
-    def call() -> Any:
-        return create(
-            model=body["model"],
-            max_tokens=body["max_tokens"],
-            messages=body["messages"],
-            extra_body=sent,
-            timeout=allowed,
-        )
-
-    return await post(
-        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
+    allowed = max(DEFAULT_TIMEOUT, 3600 * body["max_tokens"] / 128_000)
+    return await create(
+        server, api, required, body, timeout, read, streams.Messages, {"stream": True}, on_text, allowed
     )
 
 
@@ -183,6 +199,7 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             cached_tokens=cached,
             reasoning_tokens=count(usage, "output_tokens_details", "thinking_tokens"),
             cache_write_tokens=written,
+            cache_write_1h_tokens=count(usage, "cache_creation", "ephemeral_1h_input_tokens"),
         ),
         model=str(body.get("model") or ""),
         items=[{"role": "assistant", "content": blocks}] if blocks else [],
@@ -195,4 +212,5 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
         standard_price=isinstance(usage, dict)
         and usage.get("service_tier") in (None, "standard")
         and usage.get("speed") in (None, "standard"),
+        searches={"web": count(usage, "server_tool_use", "web_search_requests")},
     )

@@ -66,7 +66,8 @@ class Parts:
 
     ``items`` are the provider's own, to be sent back word for word in the next turn. ``calls`` are the
     tools it asks for: ``id``, ``name`` and ``arguments``, JSON text or an object. ``failure`` is
-    set when the provider reports, under a status of 200, that the call failed.
+    set when the provider reports, under a status of 200, that the call failed. ``searches`` is what the
+    provider searched by itself and charges for; without ``standard_price`` no published price holds.
     """
 
     text: str
@@ -78,6 +79,7 @@ class Parts:
     calls: list[dict[str, Any]] = field(default_factory=list)
     failure: ModelError | None = None
     standard_price: bool = True
+    searches: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,7 @@ async def post(
             response, or with ``whole`` its context manager of a stream.
         read: the provider's ``read``.
         body: what is asked, without what only says that it is streamed.
-        timeout: seconds for the request and all of its answer.
+        timeout: seconds for the request and all of its answer, without those that ``on_text`` takes.
         whole: puts a streamed reply together.
         on_text: given each piece of text as it arrives.
 
@@ -200,14 +202,14 @@ async def post(
     token = asking.set(provider)
     answer: Any = None
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(timeout) as limit:
             if whole is None:
                 answer = (await call()).http_response
             else:
                 opened: Any = call()
                 async with opened as response:
                     answer = response.http_response
-                    await _listen(provider, answer, whole, on_text or _ignore)
+                    await _listen(provider, answer, whole, _untimed(on_text or _ignore, limit))
     except TimeoutError as exc:
         if not _complete(whole):
             raise _partly(
@@ -241,7 +243,7 @@ async def post(
     cost: Decimal | None = None
     facts: dict[str, Any] = {}
     if parts and parts.standard_price and (usage.input_tokens or usage.output_tokens):
-        cost, facts = ledger.price(server.prices, model, usage, asked=body["model"])
+        cost, facts = ledger.price(server.prices, model, usage, asked=body["model"], searches=parts.searches)
     return {
         "provider": provider,
         "status": answer.status_code,
@@ -285,8 +287,66 @@ async def fetch(server: Server, call: Callable[[], Awaitable[Any]], timeout: flo
         asking.reset(token)
 
 
+async def create(
+    server: Server,
+    api: Any,
+    required: dict[str, Any],
+    body: dict[str, Any],
+    timeout: float | None,
+    read: Callable[[dict[str, Any], str], Parts],
+    whole: type[streams.Whole],
+    streamed: dict[str, Any],
+    on_text: OnText | None,
+    allowed: float | None = None,
+) -> Raw:
+    """One POST to an API of the SDK that generates, streamed where someone listens.
+
+    Args:
+        server: whom to ask.
+        api: the SDK's resource, such as ``sdk.responses``.
+        required: what its ``create`` wants by name; the body is sent as it is all the same.
+        body: what is asked.
+        timeout: seconds for the POST and all of its answer; None for ``allowed``.
+        read: the provider's ``read``.
+        whole: puts a streamed reply together.
+        streamed: what in a body says that it is streamed.
+        on_text: given each piece of text; None does not stream.
+        allowed: seconds that the SDK waits without a ``timeout``; None for ten minutes.
+    """
+    listening = on_text is not None
+    methods = api.with_streaming_response if listening else api.with_raw_response
+    sent = {**body, **streamed} if listening else body
+
+    def call() -> Any:
+        return methods.create(**required, extra_body=sent, timeout=timeout or allowed or DEFAULT_TIMEOUT)
+
+    return await post(
+        server,
+        call,
+        lambda content: read(content, server.name),
+        body,
+        timeout,
+        whole=whole() if listening else None,
+        on_text=on_text,
+    )
+
+
 async def _ignore(text: str) -> None:
     pass
+
+
+def _untimed(on_text: OnText, limit: asyncio.Timeout) -> OnText:
+    """``on_text`` with the clock stopped: a slow listener must not fail a call that is being paid for."""
+    clock = asyncio.get_running_loop().time
+
+    async def heard(text: str) -> None:
+        due, began = limit.when(), clock()
+        limit.reschedule(None)
+        await on_text(text)
+        if due is not None:
+            limit.reschedule(due + clock() - began)
+
+    return heard
 
 
 async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnText) -> None:

@@ -19,6 +19,7 @@ from agentflow.providers.common import (
     Server,
     client,
     count,
+    create,
     holds,
     post,
     refuse_foreign,
@@ -28,6 +29,8 @@ from agentflow.providers.common import (
 NAME = "openai"
 SURFACE = "responses"
 PRICED_TIERS = (None, "auto", "default", "standard")
+# Charged by the container or the picture, which a reply does not count.
+_PRICED_APART = ("code_interpreter_call", "image_generation_call")
 
 
 def body(ask: Ask) -> dict[str, Any]:
@@ -95,19 +98,9 @@ async def send(
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
-    sdk = await client(server)
-
-    whole = streams.Responses() if on_text is not None else None
-    sent = body if whole is None else {**body, "stream": True}
-    api = sdk.responses
-    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
-
-    def call() -> Any:
-        return create(model=body["model"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT)
-
-    return await post(
-        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
-    )
+    api = (await client(server)).responses
+    required = {"model": body["model"]}
+    return await create(server, api, required, body, timeout, read, streams.Responses, {"stream": True}, on_text)
 
 
 async def submit(body: dict[str, Any], timeout: float | None, *, server: Server | None = None) -> Raw:
@@ -222,6 +215,7 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             output_tokens=count(usage, "output_tokens"),
             cached_tokens=count(usage, "input_tokens_details", "cached_tokens"),
             reasoning_tokens=count(usage, "output_tokens_details", "reasoning_tokens"),
+            cache_write_tokens=count(usage, "input_tokens_details", "cache_write_tokens"),
         ),
         model=str(body.get("model") or ""),
         items=items,
@@ -231,5 +225,15 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             if item.get("type") == "function_call"
         ],
         failure=failure,
-        standard_price=body.get("service_tier") in PRICED_TIERS,
+        standard_price=body.get("service_tier") in PRICED_TIERS
+        and not any(item.get("type") in _PRICED_APART for item in items),
+        searches={
+            "web": sum(1 for item in items if item.get("type") == "web_search_call" and _searched(item)),
+            "storage": sum(1 for item in items if item.get("type") == "file_search_call"),
+        },
     )
+
+
+def _searched(item: dict[str, Any]) -> bool:
+    """Opening a page that a search had found is no search."""
+    return (item.get("action") or {}).get("type") in (None, "search")

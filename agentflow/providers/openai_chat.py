@@ -9,7 +9,6 @@ from agentflow.files import File, attach
 from agentflow.models import Raw, Usage
 from agentflow.providers import streams
 from agentflow.providers.common import (
-    DEFAULT_TIMEOUT,
     Ask,
     Offered,
     OnText,
@@ -17,9 +16,9 @@ from agentflow.providers.common import (
     Server,
     client,
     count,
+    create,
     effort,
     holds,
-    post,
     refuse_foreign,
     reported_failure,
 )
@@ -92,21 +91,10 @@ async def send(
 ) -> Raw:
     """One POST. ``timeout``: seconds; None allows ten minutes."""
     server = server or Server(NAME, make_client, "openai")
-    sdk = await client(server)
-
-    whole = streams.Chat() if on_text is not None else None
-    sent = body if whole is None else {**body, "stream": True, "stream_options": {"include_usage": True}}
-    api = sdk.chat.completions
-    create = (api.with_raw_response if whole is None else api.with_streaming_response).create
-
-    def call() -> Any:
-        return create(
-            model=body["model"], messages=body["messages"], extra_body=sent, timeout=timeout or DEFAULT_TIMEOUT
-        )
-
-    return await post(
-        server, call, lambda content: read(content, server.name), body, timeout, whole=whole, on_text=on_text
-    )
+    api = (await client(server)).chat.completions
+    required = {"model": body["model"], "messages": body["messages"]}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    return await create(server, api, required, body, timeout, read, streams.Chat, streamed, on_text)
 
 
 def read(body: dict[str, Any], name: str = NAME) -> Parts:
@@ -129,6 +117,7 @@ def read(body: dict[str, Any], name: str = NAME) -> Parts:
             output_tokens=count(usage, "completion_tokens"),
             cached_tokens=count(usage, "prompt_tokens_details", "cached_tokens"),
             reasoning_tokens=count(usage, "completion_tokens_details", "reasoning_tokens"),
+            cache_write_tokens=count(usage, "prompt_tokens_details", "cache_write_tokens"),
         ),
         model=str(body.get("model") or ""),
         items=[{key: value for key, value in message.items() if value is not None}] if message else [],

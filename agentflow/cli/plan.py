@@ -1,0 +1,80 @@
+"""``agentflow plan``, also ``agentflow runs plan``."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from agentflow import codec, rundocs
+from agentflow.cli import load, output
+from agentflow.errors import RunNotFound, UsageError
+from agentflow.scratch import open_journal
+
+JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+
+
+def plan(
+    workflow: Annotated[
+        str, typer.Argument(metavar="MODULE:ATTRIBUTE", help="The workflow, such as app:triage or app.py:triage.")
+    ],
+    input: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="The workflow's argument, or an object with its arguments by name."),
+    ] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Plan this run, with the input it has.")] = None,
+    json: JSON = False,
+) -> None:
+    """What a run would do now: each step reused, changed (with the difference) or unknown, and what it may cost.
+
+    Imports the module named, runs the workflow's function against the records, and spends nothing.
+    """
+    flow = load.workflow(workflow)
+    if run is not None:
+        if input is not None:
+            raise UsageError("--run has its own input. Leave out --input, or --run.")
+        if not output.has_journal():
+            raise RunNotFound(f"no run {run!r}.")
+        flow, arguments = _taken_up(flow, run)
+    else:
+        arguments = _arguments(flow, input)
+    with load.looking():
+        planned = flow.plan(**arguments)
+        found = asyncio.run(planned) if inspect.isawaitable(planned) else planned
+    if not json:
+        return print(found)
+    steps = [
+        {"name": s.name, "state": s.state, "reason": s.reason, "diff": s.diff, "cost": output.dollars(s.cost)}
+        for s in found.steps
+    ]
+    output.data({"id": found.run_id, "workflow": flow.name, "steps": steps, "cost": output.dollars(found.dollars)})
+
+
+def _arguments(flow: Any, text: str | None) -> dict[str, Any]:
+    """The workflow's arguments by name, from JSON."""
+    if text is None:
+        return {}
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        raise UsageError(f"--input is no JSON ({exc}). Text stands in quotes: --input '\"Ada\"'.") from exc
+    names = list(inspect.signature(flow.fn).parameters)[1:]
+    if len(names) == 1:
+        return {names[0]: value}
+    if isinstance(value, dict) and names:
+        return value
+    raise UsageError(
+        f"--input: workflow {flow.name!r} takes "
+        + (f"an object with {', '.join(names)}." if names else "no input. Leave it out.")
+    )
+
+
+def _taken_up(flow: Any, run_id: str) -> tuple[Any, dict[str, Any]]:
+    """The workflow as that run, and the arguments that the run was given."""
+    document = rundocs.find(open_journal(), run_id)
+    if document["workflow"] != flow.name:
+        raise RunNotFound(f"run {document['id']} belongs to workflow {document['workflow']!r}, not to {flow.name!r}.")
+    return flow.options(run_id=document["id"]), codec.decode(document["input"])
