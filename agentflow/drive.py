@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here
 from agentflow.engine import keep_late, process
 from agentflow.errors import JournalError, NotRecordable, StepTimeout
+from agentflow.providers.common import asking
 from agentflow.reuse import located
 from agentflow.run import Execution
 from agentflow.settings import log
@@ -220,6 +221,8 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
     def factory(loop: Any, coro: Any, **kwargs: Any) -> Any:
         at, label = here.get(), ""
         known = at is not None and at.ex.loop is loop and getattr(coro, "cr_code", None) is not _body.__code__
+        # What an SDK starts for a request, such as a connection, is no branch: a paid call must outlive those.
+        known = known and asking.get() is None
         if at is not None and known:
             # The parent becomes a branch first, so that the child's name and path start from it.
             place, _ = at.ex.stand()
