@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import orjson
@@ -26,12 +27,16 @@ from agentflow.journal import Add
 from agentflow.providers.common import digest, now, transport
 
 FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 1.0, 30.0, 1.5  # seconds between two looks
+SUBMIT_TIMEOUT = 60.0  # seconds that a submission gets, however short the timeout is
 LOOK_TIMEOUT = 60.0  # seconds for one look
 MISSING = 3  # 404s in a row before a call counts as gone: one alone may come from a server that lags behind
 FAILED_LOOKS = 20  # in a row, about nine minutes, before an attempt gives up looking
 ENDED = (None, "completed", "incomplete", "failed", "cancelled", "expired")
 
 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+# Submissions under way in this process, by the rows of their step and the digest of the body.
+_submitting: dict[tuple[str, str], Future[None]] = {}
 
 
 def check(background: bool, provider_name: str, provider: Any, extra: Any) -> None:
@@ -79,6 +84,7 @@ class Flight:
         self._prefix = f"i/{ex.key}/{occ}/"
         self._replies = f"m/{ex.key}/{occ}/"
         self.current = current
+        self.place = f"{ex.journal.id}/{self._prefix}"
 
     def settled(self) -> set[Any]:
         """The ids whose replies are saved."""
@@ -119,7 +125,8 @@ async def answer(provider: Any, body: dict[str, Any], timeout: float | None, fli
     Args:
         provider: has ``submit`` and ``retrieve``.
         body: what is asked.
-        timeout: seconds for the submission and all the waiting of this attempt; None waits until the call ends.
+        timeout: seconds for the submission and all the waiting of this attempt; None waits until the call ends. A
+            submission gets a minute all the same.
         flight: where its id is kept.
 
     Raises:
@@ -129,14 +136,24 @@ async def answer(provider: Any, body: dict[str, Any], timeout: float | None, fli
     loop = asyncio.get_running_loop()
     began = loop.time()
     asked = digest(body)
+    place = (flight.place, asked)
+    while (other := _submitting.get(place)) is not None:
+        # An attempt that was given up is still submitting this call: its id will be there in a moment.
+        await asyncio.shield(asyncio.wrap_future(other))
     ident = flight.open(asked)
     submitted = ident is None
     if ident is None:
-        raw: dict[str, Any] = await provider.submit(body, timeout)
-        ident = _running(raw)
-        if ident is None:
-            return raw
-        await flight.record(ident, asked, raw["provider"])
+        done = _submitting[place] = Future()
+        try:
+            # Cut short, a submission would leave a call that nobody knows of.
+            raw: dict[str, Any] = await provider.submit(body, timeout and max(timeout, SUBMIT_TIMEOUT))
+            ident = _running(raw)
+            if ident is None:
+                return raw
+            await flight.record(ident, asked, raw["provider"])
+        finally:
+            del _submitting[place]
+            done.set_result(None)
     else:
         flight.say(f"call {ident} is in flight at the provider; waiting for it")
     left = None if timeout is None else max(0.0, began + timeout - loop.time())

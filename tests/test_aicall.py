@@ -593,3 +593,25 @@ def test_cancelled_sibling_lets_a_paid_call_in_flight_finish_and_be_recorded(tmp
         assert run_program(program, tmp_path, env=server.environment).out == f"{answer_to('slow')}\n"
         assert len(server.arrived) == 1
     assert notes(tmp_path) == []
+
+
+async def test_what_the_sdk_starts_for_a_request_is_not_cancelled_with_the_run(journal: Journal) -> None:
+    asked = asyncio.Event()
+
+    async def reply(request: Any) -> str:
+        asked.set()
+        await asyncio.create_task(asyncio.sleep(0.05))  # as a connection is made, in a task of its own
+        return "paid"
+
+    async def fails() -> None:
+        await asked.wait()
+        raise ValueError("no")
+
+    @workflow("siblings")
+    async def siblings(ctx: Context) -> Any:
+        calls = [generate_content("Hi", model="openai:gpt-4o-mini"), step("fails", fails)]
+        return await agentflow.parallel(calls)
+
+    with FakeModel(reply), pytest.raises(ValueError, match="no"):
+        await siblings.run()
+    assert sum(1 for _ in journal.scan("m/")) == 1
