@@ -131,7 +131,6 @@ async def sending(
             _send_off(call)
             ticket.sent = True
         except BaseException:
-            ticket.cost = Decimal(0)
             if ticket.held is not None and (ops := ticket.given_back()):
                 call.ex.journal.commit(ops)
                 ticket.held.over()
@@ -195,7 +194,8 @@ async def _within_run(ticket: Ticket, budget: budgets.RunBudget) -> AsyncIterato
     try:
         yield
     finally:
-        budget.settle(held, held.at_most if ticket.cost is None else ticket.cost)
+        cost = held.at_most if ticket.cost is None else ticket.cost
+        budget.settle(held, cost if ticket.sent else Decimal(0))
 
 
 async def _set_aside(ticket: Ticket) -> None:

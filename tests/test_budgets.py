@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import threading
@@ -253,6 +254,22 @@ async def test_runs_started_inside_a_run_count_in_its_budget_also_after_a_restar
     assert len(till.arrived) == sent + 1, "by itself it has no budget"
     assert len(await whole.options(budget="1").run()) == 10
     assert len(till.arrived) == len({event["digest"] for event in till.arrived}) == 11
+
+
+async def test_what_a_budget_around_refuses_takes_nothing_from_the_own_one(till: Till) -> None:
+    @workflow("inner", budget="0.05")
+    async def inner(ctx: Any) -> str:
+        for _ in range(5):
+            with contextlib.suppress(BudgetExceeded):
+                return await ask("x")
+        assert ctx._ex.budget._spent == 0
+        return "refused five times"
+
+    @workflow("outer", budget="0.01")
+    async def outer(ctx: Any) -> str:
+        return await inner.run()
+
+    assert await outer.run() == "refused five times" and till.arrived == []
 
 
 async def test_a_model_of_unknown_price_is_refused_under_a_budget(till: Till) -> None:

@@ -249,6 +249,51 @@ async def test_a_failing_sibling_takes_back_what_was_not_sent(server: Counting) 
     assert len(server.arrived) == 1
 
 
+async def test_a_run_that_is_stopped_sends_nothing_more_while_its_body_tidies_up(server: Counting) -> None:
+    configure(limits={MODEL: {"concurrency": 1}})
+    server.release.clear()
+    tidied = asyncio.Event()
+
+    @workflow("tidy")
+    async def tidy(ctx: Any) -> None:
+        first = asyncio.ensure_future(generate_content("first", model=MODEL))
+        await until(lambda: server.arrived)
+        second = asyncio.ensure_future(generate_content("second", model=MODEL))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            server.release.set()
+            await until(lambda: meter()._under_way == 0 or len(server.arrived) > 1)
+            tidied.set()
+            first.cancel()
+            second.cancel()
+
+    run = asyncio.ensure_future(tidy.run())
+    await until(lambda: limits.meter(MODEL) is not None and meter().line._places)
+    run.cancel()
+    await asyncio.wait([run])
+    assert tidied.is_set() and [event["text"] for event in server.arrived] == ["first"]
+
+
+async def test_a_call_whose_caller_went_asks_no_second_time(server: Counting) -> None:
+    server.script = [{"text": "no json"}]
+    server.release.clear()
+
+    @workflow("gone")
+    async def gone(ctx: Any) -> str:
+        first = asyncio.ensure_future(generate_content("first", model=MODEL, output_type=list[int], reask=3))
+        await until(lambda: server.arrived)
+        first.cancel()
+        await asyncio.wait([first])
+        server.release.set()
+        await until(lambda: not ctx._ex.stragglers or len(server.arrived) > 1)
+        return "done"
+
+    assert await gone.run() == "done"
+    assert len(server.arrived) == len(server.answered) == 1
+    assert gone.runs()[0].cost > 0, "the reply that was in flight is kept"
+
+
 async def test_waiting_for_a_limit_does_not_count_against_the_timeout_of_the_step(server: Counting) -> None:
     configure(limits={MODEL: {"concurrency": 1}})
     server.release.clear()

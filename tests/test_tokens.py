@@ -116,8 +116,9 @@ async def test_a_file_of_other_content_is_neither_used_nor_removed(small: Path, 
 async def test_another_version_of_tiktoken_that_wants_another_file_is_not_asked(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small.write_bytes(RANKS)
-    monkeypatch.setitem(tokens._FILES, "o200k_base", (URL + "2", hashlib.sha256(RANKS).hexdigest()))
+    other = f"{URL}2"
+    (small.parent / hashlib.sha1(other.encode()).hexdigest()).write_bytes(RANKS)
+    monkeypatch.setitem(tokens._FILES, "o200k_base", (other, hashlib.sha256(RANKS).hexdigest()))
     assert (await counted("openai:gpt-4o-mini")).how == "estimated"
 
 
