@@ -374,7 +374,7 @@ async def test_model_that_no_provider_knows_is_refused(name: str) -> None:
     [
         ({"tools": [never]}, ("tools[0] (never)", "*", "name each one")),
         ({"tools": [never_typed], "background": True}, ("background",)),
-        ({"tools": "look_up"}, ("tools=look_up", "a list of typed functions")),
+        ({"tools": "look_up"}, ("tools='look_up'", "a list of typed functions")),
         ({"tools": [lambda: 1]}, ("tools[0]", "has no name and no types")),
         ({"tools": [never_typed], "max_turns": 0}, ("max_turns=0",)),
         ({"max_tokens": 0}, ("max_tokens=0",)),
