@@ -168,10 +168,10 @@ def test_sleep_across_a_kill_ends_at_the_planned_instant_and_is_not_in_doubt(tmp
         @workflow("killed-asleep")
         async def flow(ctx):
             await step("before", lambda: note("before"))
+            if sys.argv[1] == "die":
+                threading.Timer(0.3, die).start()
             await ctx.sleep("1s")
             await step("after", lambda: note("after"))
-        if sys.argv[1] == "die":
-            threading.Timer(0.3, die).start()
         start = time.time()
         flow.run_sync()
         began = flow.runs()[0].steps[0].completed_at.timestamp()
