@@ -28,7 +28,7 @@ from agentflow import (
 )
 from agentflow.cli.app import run as command
 from agentflow.testing import FakeClock
-from tests.programs import notes, start_program
+from tests.programs import notes, run_program, start_program
 
 
 async def test_cancelled_run_withdraws_its_tasks_and_cannot_be_run_again() -> None:
@@ -139,7 +139,7 @@ def test_process_whose_run_is_cancelled_from_outside_commits_nothing_more(
             print("cancelled")
     """
     process = start_program(program, tmp_path)
-    while notes(tmp_path) != ["first"]:
+    while not any(run.steps for run in runs.list()):
         assert process.poll() is None
         time.sleep(0.005)
     (run,) = runs.list()
@@ -246,6 +246,21 @@ async def test_run_that_is_too_late_starts_no_child() -> None:
         with pytest.raises(WorkflowTimeout):
             await parent.run()
     assert done == [1]
+
+
+def test_run_that_was_killed_after_its_last_step_is_undone_all_the_same(tmp_path: Path) -> None:
+    program = """
+        @workflow("last")
+        async def flow(ctx):
+            await step("one", lambda: note("one"), compensate=lambda _: note("undo"))
+            if "die" in sys.argv:
+                die()
+            return "done"
+        print(flow.runs()[0].cancel(compensate=True).status if "cancel" in sys.argv else flow.run_sync())
+    """
+    run_program(program, tmp_path, "die", expect_kill=True)
+    assert run_program(program, tmp_path, "cancel").out == "cancelled\n"
+    assert notes(tmp_path) == ["one", "undo"]
 
 
 # -- retry -----------------------------------------------------------------------------------------
