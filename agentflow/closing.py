@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec, events, human, rundocs
+from agentflow import children, codec, events, human, rundocs
 from agentflow.calls import PLAIN, Call, Options, Suspend
-from agentflow.drive import Wait, collect
+from agentflow.drive import PENDING, Wait, collect
 from agentflow.errors import (
     BudgetExceeded,
     JournalError,
@@ -151,11 +151,41 @@ def close_failed(opened: Opened, error: Exception) -> None:
     summary(ex, f"failed ({type(error).__name__}){undone}")
 
 
-def wait_for_child(opened: Opened, error: Waiting) -> Waiting | Suspend:
-    """A run started in the body waits: this one waits for the same."""
-    dues = [(info, info.get("until", info.get("deadline"))) for info in error.waiting_on]
-    opened.ex.waits = [Wait(lambda: None, info, due) for info, due in dues]
-    return close_waiting(opened)
+def childs_wait(ex: Execution, error: Waiting) -> Wait:
+    """A run that was started in this one waits: so does the branch that asked for it, until there is something for it.
+
+    Args:
+        ex: the run that started it.
+        error: what it waits for.
+    """
+    first, *more = error.waiting_on
+    dues = [due for info in error.waiting_on if (due := info.get("until", info.get("deadline"))) is not None]
+    document = rundocs.read(ex.journal, error.run_id)
+    if document is not None and document.get("due") is not None:
+        dues.append(document["due"])
+    due = min(dues, default=None)
+
+    def check() -> Any:
+        late = due is not None and ex.clock() >= due
+        return True if late or _stirs(ex, error.run_id) else PENDING
+
+    return Wait(check, first, due, more)
+
+
+def _stirs(ex: Execution, run_id: str) -> bool:
+    """Whether something has come for a waiting run, or for one that it has started; or somebody goes on with it."""
+    if ex.journal.get(rundocs.wake_key(run_id)) is not None:
+        return True
+    document = rundocs.read(ex.journal, run_id)
+    if document is None or document["status"] != "waiting":
+        return True
+    below = [child for child in children.children(ex.journal, run_id) if _waits(ex, child)]
+    return any(_stirs(ex, child) for child in below)
+
+
+def _waits(ex: Execution, run_id: str) -> bool:
+    document = rundocs.read(ex.journal, run_id)
+    return document is not None and document["status"] == "waiting"
 
 
 def close_waiting(opened: Opened) -> Waiting | Suspend:
@@ -164,7 +194,7 @@ def close_waiting(opened: Opened) -> Waiting | Suspend:
         give_up(opened)
         return Suspend()
     waits = ex.waits
-    unique = {wait.info["id"]: wait.info for wait in waits}
+    unique = {info["id"]: info for wait in waits for info in (wait.info, *wait.more)}
     document["waiting_on"] = list(unique.values())
     dues = [ex.deadline, *(wait.due for wait in waits), *(wait.info.get("remind_at") for wait in waits)]
     document["due"] = min((due for due in dues if due is not None), default=None)

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import gc
 import inspect
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,15 +31,23 @@ PENDING: Any = object()
 class Wait:
     """Something a branch waits for. ``check`` gives the result, or ``PENDING``; it may raise.
 
-    ``due`` is the epoch second at which checking makes sense by itself; None: only from outside.
+    ``due`` is the epoch second at which checking makes sense by itself; None: only from outside. ``more`` is what
+    else is waited for, any of which will do.
     """
 
-    __slots__ = ("check", "due", "info")
+    __slots__ = ("check", "due", "info", "more")
 
-    def __init__(self, check: Callable[[], Any], info: dict[str, Any], due: float | None = None) -> None:
+    def __init__(
+        self,
+        check: Callable[[], Any],
+        info: dict[str, Any],
+        due: float | None = None,
+        more: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.check = check
         self.info = info
         self.due = due
+        self.more = more
 
 
 def drive(call: Call) -> Generator[Any, Any, Any]:

@@ -17,10 +17,10 @@ from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from agentflow import budgets, closing, codec, opening, rundocs, typecheck
-from agentflow.blocking import collect_blocking, drive_blocking, run_coroutine, stop_paying
+from agentflow.blocking import collect_blocking, drive_blocking, park_blocking, run_coroutine, stop_paying
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.context import Context
-from agentflow.drive import execute
+from agentflow.drive import execute, park
 from agentflow.durations import Duration, seconds
 from agentflow.engine import over_budget
 from agentflow.errors import (
@@ -241,9 +241,21 @@ class Workflow(Generic[P, T]):
         return list(self._definition.signature.parameters)
 
     async def _run(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
+        """Run it; inside another run, which waits for what this one waits for, until it has ended."""
+        caller = _around() if ids is None else None
+        while True:
+            try:
+                return await self._once(arguments, ids)
+            except Waiting as error:
+                if caller is None:
+                    raise
+                wait = closing.childs_wait(caller, error)
+            await park(caller, wait)
+
+    async def _once(self, arguments: dict[str, Any], ids: list[str] | None) -> Any:
         if self._definition.blocking:
             context = contextvars.copy_context()
-            return await asyncio.to_thread(context.run, self._run_blocking, arguments, ids)
+            return await asyncio.to_thread(context.run, self._once_blocking, arguments, ids)
         delay = 0.05
         while True:
             try:
@@ -274,8 +286,6 @@ class Workflow(Generic[P, T]):
             if (over := over_budget(error)) is not None:
                 closing.give_up(opened, over)
                 raise over from (None if over is error else error)
-            if isinstance(error, Waiting):
-                raise closing.wait_for_child(opened, error) from None
             ex.closed = ex.suspended = False
             try:
                 closing.before_undoing(opened)
@@ -302,6 +312,18 @@ class Workflow(Generic[P, T]):
         return result
 
     def _run_blocking(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
+        """``_run`` for plain code."""
+        caller = _around() if ids is None else None
+        while True:
+            try:
+                return self._once_blocking(arguments, ids)
+            except Waiting as error:
+                if caller is None:
+                    raise
+                wait = closing.childs_wait(caller, error)
+            park_blocking(caller, wait)
+
+    def _once_blocking(self, arguments: dict[str, Any], ids: list[str] | None) -> Any:
         delay = 0.05
         while True:
             try:
@@ -336,8 +358,6 @@ class Workflow(Generic[P, T]):
             if (over := over_budget(error)) is not None:
                 closing.give_up(opened, over)
                 raise over from (None if over is error else error)
-            if isinstance(error, Waiting):
-                raise closing.wait_for_child(opened, error) from None
             try:
                 closing.before_undoing(opened)
                 while (inside := closing.replayed_with_undo(ex)) is not None:

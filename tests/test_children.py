@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,67 @@ def test_a_killed_parent_pays_for_no_child_again_and_an_edited_childs_prompt_is_
     edited = write_program(EDITED.replace("DIE", "False").replace("PROMPT", "say"), tmp_path)
     assert run_program(edited, tmp_path).out.strip() == "['say 1', 'say 2', 'say 3']"
     assert sorted(notes(tmp_path)) == ["say 1", "say 2", "say 3", *asked]
+
+
+async def test_what_runs_beside_a_child_that_waits_is_finished_and_recorded_before_the_run_suspends() -> None:
+    waiting = asyncio.Event()
+
+    async def slow() -> str:
+        await waiting.wait()
+        await asyncio.sleep(0.05)  # long enough for a run that does not wait for this to be suspended
+        return await work("slow")
+
+    @workflow("inner")
+    async def inner(ctx: Context) -> bool:
+        waiting.set()
+        return bool(await human_task(type="approve", assign_to="manager", data="inner"))
+
+    @workflow("beside")
+    async def beside(ctx: Context) -> list[Any]:
+        return list(await asyncio.gather(step("child", inner.run), step("slow", slow)))
+
+    run = await beside.start()
+    assert run.status == "waiting" and ran == ["slow"]
+    assert [each.output for each in run.steps] == ["slow"]
+    approve_all()
+    assert await beside.run() == [True, "slow"] and ran == ["slow"]
+
+
+async def test_a_run_that_stays_goes_on_when_its_childs_child_is_answered() -> None:
+    @workflow("lowest")
+    async def lowest(ctx: Context) -> bool:
+        return bool(await human_task(type="approve", assign_to="manager", data="lowest"))
+
+    @workflow("middle")
+    async def middle(ctx: Context) -> bool:
+        return await lowest.run()
+
+    @workflow("top")
+    async def top(ctx: Context) -> list[bool]:
+        return list(await asyncio.gather(middle.run(), step("child", lowest.options(run_id="other").run)))
+
+    running = asyncio.create_task(top.options(wait=True).run())
+    while len(tasks.list(status="open")) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    assert not running.done()
+    approve_all()
+    assert await running == [True, True]
+
+
+def test_plain_code_waits_for_what_its_child_waits_for() -> None:
+    from agentflow import sync
+
+    @sync.workflow("plain-child")
+    def plain_child(ctx: sync.Context, number: int) -> str:
+        sync.step("work", lambda n: ran.append(n) or n, number)
+        return f"{number} {bool(sync.human_task(type='approve', assign_to='manager', data=number))}"
+
+    @sync.workflow("plain-parent")
+    def plain_parent(ctx: sync.Context) -> list[Any]:
+        return sync.parallel([lambda: plain_child.run(1), lambda: sync.step("two", plain_child.run, 2)])
+
+    with pytest.raises(Waiting) as waits:
+        plain_parent.run()
+    assert len(waits.value.waiting_on) == 2
+    approve_all()
+    assert plain_parent.run() == ["1 True", "2 True"] and sorted(ran) == [1, 2]
