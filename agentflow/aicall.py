@@ -23,6 +23,7 @@ from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
 from agentflow.durations import Duration
 from agentflow.errors import UsageError
+from agentflow.providers.common import digest
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
 
@@ -122,7 +123,15 @@ class _Recorder:
     @contextlib.asynccontextmanager
     async def sending(self, body: dict[str, Any], max_tokens: int | None) -> AsyncIterator[None]:
         request = self._call.request
-        async with sending.sending(self._call, self._current, request["provider"], body, max_tokens) as self._ticket:
+        asked = digest(body)
+        async with sending.sending(
+            self._call,
+            self._current,
+            request["provider"],
+            body,
+            max_tokens,
+            lambda: self.flight.open(asked) is not None,
+        ) as self._ticket:
             yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -39,13 +39,17 @@ class Ticket:
         tokens: that it may use at most, 0 if nobody has asked; ``used`` is what it did use, None while unknown.
         sent: it is on its way, or was.
         held: what is set aside for it; None where there is no budget.
+        in_flight: whether the provider has this very call in the background, so that nothing is to be sent.
     """
 
-    def __init__(self, call: Call, current: Current, provider: str, body: dict[str, Any]) -> None:
+    def __init__(
+        self, call: Call, current: Current, provider: str, body: dict[str, Any], in_flight: Callable[[], bool]
+    ) -> None:
         self.call = call
         self.current = current
         self.provider = provider
         self.body = body
+        self.in_flight = in_flight
         self.model = str(body["model"])
         self.at_most: Decimal | None = None
         self.held: budgets.Held | None = None
@@ -65,8 +69,14 @@ class Ticket:
         entry = costs.reply(self.call, self.current, record, self.model, key, self.at_most if self.held else None)
         kept = orjson.dumps({**record, "ledger": entry[0]}).decode()
         ops = [Add(key, kept), costs.add(entry), *more, *self.given_back(), *(ex.saved_row() if ex.scratch else ())]
+        # What an earlier attempt or process had set aside, when it submitted this call to the background.
+        before = [] if self.sent else budgets.left_behind(ex.journal, ex.key, self.call.occ)
+        ops += [Drop(note) for note, _ in before]
         self.saved = True
         await ex.journal.acommit(ops, fence=ex.fence, paid=True)
+        if not self.sent:
+            for budget in ex.budgets():
+                budget.count(budgets.counts(entry[1]) - sum(budgets.counts(facts) for _, facts in before))
         self.cost = budgets.counts(entry[1])
         ex.paid(self.current, None if record["cost"] is None else Decimal(record["cost"]), entry)
         seen, usage = (self.provider, self.model), record["usage"]
@@ -76,6 +86,8 @@ class Ticket:
     async def failed(self, error: BaseException) -> None:
         """No reply came: says in the ledger whether the provider may have charged for one all the same."""
         ex = self.call.ex
+        if self.in_flight():
+            return  # it goes on, and so does what is set aside for it
         ops = self.given_back()
         if _may_have_charged(error):
             why = error.code if isinstance(error, ModelError) else "cancelled"
@@ -99,7 +111,12 @@ class Ticket:
 
 @contextlib.asynccontextmanager
 async def sending(
-    call: Call, current: Current, provider: str, body: dict[str, Any], max_tokens: int | None
+    call: Call,
+    current: Current,
+    provider: str,
+    body: dict[str, Any],
+    max_tokens: int | None,
+    in_flight: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[Ticket]:
     """Stands around one POST and the saving of its reply.
 
@@ -111,11 +128,20 @@ async def sending(
         provider: who is asked.
         body: what is asked, as it is sent.
         max_tokens: the limit of output tokens that the caller named; None for none.
+        in_flight: whether the provider has this very call in the background: it is paid for, so nothing holds up
+            its reply.
 
     Raises:
         BudgetExceeded: the request could cost more than a budget still allows. Nothing was sent.
     """
-    ticket = Ticket(call, current, provider, body)
+    ticket = Ticket(call, current, provider, body, in_flight)
+    if in_flight():
+        _send_off(call)
+        try:
+            yield ticket
+        finally:
+            call.on_way = False
+        return
     async with contextlib.AsyncExitStack() as stack:
         meter = limits.meter(ticket.name)
         own = call.ex.budgets()

@@ -607,3 +607,29 @@ def _until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_call_in_the_background_is_set_aside_once_and_its_reply_is_never_refused_by_the_budget(
+    server: Loopback,
+) -> None:
+    from agentflow import costs
+    from agentflow.scratch import open_journal
+
+    limit = "0.01"
+
+    @workflow("budgeted", budget=limit)
+    async def flow(ctx: Context) -> str:
+        return str(await ask("Hi", timeout=0.05, max_tokens=10_000, retry=Retry(max_attempts=1)))
+
+    server.polls = None
+    with pytest.raises(ModelError) as late:
+        flow.run_sync()
+    assert late.value.in_flight is not None
+    journal = open_journal()
+    assert len(list(journal.scan("lr/"))) == 1, "what it may cost is set aside for as long as it goes on"
+    server.polls = 0
+    ends_now(server)
+    assert flow.run_sync() == answer_to("Hi")
+    assert len(server.arrived) == 1 and list(journal.scan("lr/")) == []
+    (line,) = costs.summary(journal)
+    assert line.calls == 1 and line.in_doubt == 0 and line.paid == flow.runs()[0].cost

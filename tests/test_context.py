@@ -15,7 +15,7 @@ from agentflow.settings import settings
 from tests.programs import notes, run_program
 
 
-class FakeClock:
+class Clock:
     def __init__(self) -> None:
         self.now = datetime(2026, 3, 1, tzinfo=UTC).timestamp()
 
@@ -24,8 +24,8 @@ class FakeClock:
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    settings.clock = made = FakeClock()
+def clock() -> Clock:
+    settings.clock = made = Clock()
     return made
 
 
@@ -81,7 +81,7 @@ async def test_values_in_branches_belong_to_their_branch(again: Callable[[], Non
     assert await flow.run() == first and len(set(first.values())) == 3
 
 
-async def test_now_reads_the_settings_clock(clock: FakeClock) -> None:
+async def test_now_reads_the_settings_clock(clock: Clock) -> None:
     @workflow("clock")
     async def flow(ctx: Context) -> datetime:
         return ctx.now()
@@ -113,7 +113,7 @@ async def test_short_sleep_is_slept_and_not_again_on_replay(
 
 
 async def test_long_sleep_suspends_the_run_and_ends_at_the_planned_instant(
-    clock: FakeClock, again: Callable[[], None]
+    clock: Clock, again: Callable[[], None]
 ) -> None:
     @workflow("long")
     async def flow(ctx: Context) -> list[datetime]:
@@ -137,7 +137,7 @@ async def test_long_sleep_suspends_the_run_and_ends_at_the_planned_instant(
     assert after - before == timedelta(days=30, seconds=5)
 
 
-async def test_sleeps_of_branches_run_side_by_side_and_the_first_due_is_noted(clock: FakeClock) -> None:
+async def test_sleeps_of_branches_run_side_by_side_and_the_first_due_is_noted(clock: Clock) -> None:
     @workflow("sleeps")
     async def flow(ctx: Context) -> None:
         await asyncio.gather(ctx.sleep("2d"), ctx.sleep("1d"), ctx.sleep("2d"))
@@ -151,7 +151,7 @@ async def test_sleeps_of_branches_run_side_by_side_and_the_first_due_is_noted(cl
     assert (await flow.start()).status == "completed"
 
 
-async def test_zero_sleep_goes_on_at_once_and_equal_sleeps_are_slept_each(clock: FakeClock) -> None:
+async def test_zero_sleep_goes_on_at_once_and_equal_sleeps_are_slept_each(clock: Clock) -> None:
     @workflow("equal")
     async def flow(ctx: Context) -> int:
         await ctx.sleep(0)
@@ -188,7 +188,7 @@ def test_sleep_across_a_kill_ends_at_the_planned_instant_and_is_not_in_doubt(tmp
     assert float(ended.out) >= 1.0
 
 
-def test_plain_workflow_sleeps_too(clock: FakeClock) -> None:
+def test_plain_workflow_sleeps_too(clock: Clock) -> None:
     @sync.workflow("plain")
     def flow(ctx: Context) -> str:
         ctx.sleep("20ms") if settings.clock is None else None
