@@ -100,7 +100,7 @@ def _answered(call: Call, current: Current) -> Any:
     ex = call.ex
     while True:
         try:
-            return _paid(call)
+            return _paid(call, current)
         except Unanswered as unanswered:
             later = unanswered
         wait = later.wait()
@@ -112,7 +112,7 @@ def _answered(call: Call, current: Current) -> Any:
             ex.journal.commit(ops, fence=ex.fence)
 
 
-def _paid(call: Call) -> Any:
+def _paid(call: Call, current: Current) -> Any:
     """``drive._paid`` in the calling thread."""
     ex = call.ex
     future = portal.start(contextvars.copy_context(), call.fn, call.args, call.kwargs)
@@ -123,6 +123,8 @@ def _paid(call: Call) -> Any:
     except CancelledError as error:  # an Exception here, and no failure of the step
         raise asyncio.CancelledError from error
     except BaseException:
+        if current.stop is not None:  # what goes on at the provider is not waited for here
+            current.stop()
         if not future.done():  # Ctrl-C
             stop_paying({future: call})
         raise

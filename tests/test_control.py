@@ -294,7 +294,7 @@ def test_retry_from_a_step_does_it_and_what_was_started_after_it_anew(plain: boo
 
     def retry(**options: Any) -> Any:
         found = flow.runs()[0].retry(**options)
-        return found if plain else asyncio.run(_awaited(found))
+        return found.run_sync() if plain else asyncio.run(_awaited(found))
 
     with pytest.raises(ValueError):
         flow.run_sync()
@@ -305,7 +305,7 @@ def test_retry_from_a_step_does_it_and_what_was_started_after_it_anew(plain: boo
     assert retry(from_step="b") == "abcd" and done == ["b", "c", "d"]
     done.clear()
     assert retry(from_step=flow.runs()[0].steps[2].id) == "abcd" and done == ["c", "d"]
-    with pytest.raises(UsageError, match="no such step.*'a'"):
+    with pytest.raises(UsageError, match="no step.*'a'"):
         retry(from_step="x")
     assert flow.run_sync() == "abcd" and len(done) == 2
 

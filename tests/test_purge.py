@@ -55,7 +55,7 @@ def test_old_runs_go_and_young_ones_stay(journal):
     gone = runs.purge(older_than="30d")
     assert first in gone.runs and gone.rows > 4 and runs.list() == []
     left = {key.split("/")[0] for key in keys(journal)}
-    assert left <= {"k", "c", "lease", "claim"}, left
+    assert left <= {"k", "c", "l", "lease", "claim"}, left
     with FakeModel(["A again"]):
         assert job.run_sync(1) == "A again"
     assert calls == ["keyed"]

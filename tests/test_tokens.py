@@ -187,7 +187,7 @@ async def test_a_plan_estimates_new_calls_by_their_tokens_and_changed_ones_by_th
     assert plan.steps[0].tokens is not None and plan.steps[0].tokens.how == "estimated"
     assumed = (plan.steps[0].tokens.tokens * 100 + 2_000 * 1000) / 1_000_000
     assert plan.dollars is not None and float(plan.dollars) == pytest.approx(assumed)
-    assert f"{plan.steps[0].tokens}, about $2.0" in str(plan)
+    assert f"{plan.steps[0].tokens} · costs about $2.0" in " ".join(str(plan).split())
     with FakeModel(["y" * 400]):
         await planned.options(run_id="r").run()
     again()
