@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import json
 import os
-import select
+import selectors
 import shutil
 import signal
 import sys
@@ -191,7 +191,9 @@ class _Lives:
             _in_child(self, folder, log, kill_at, replies, used)
         os.close(write)
         try:
-            ended = select.select([read], [], [], self.seconds)[0]  # readable once the child's end is closed
+            with selectors.DefaultSelector() as selector:  # select() itself refuses descriptors from 1024 on
+                selector.register(read, selectors.EVENT_READ)
+                ended = selector.select(self.seconds)  # readable once the child's end is closed
             if not ended:
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
