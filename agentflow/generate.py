@@ -209,6 +209,8 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
             raw = paid[turn]
         else:
             paid = paid[:turn]
+            if call.batch:  # nothing is sent here, so nothing is set aside, nor in doubt
+                raise recorder.later(call.request["provider"], body)
             async with recorder.sending(body, call.max_tokens):
                 raw = await _ask(call, provider, body, recorder, listener, added)
         usage += Usage(**raw["usage"])
@@ -250,8 +252,6 @@ async def _ask(
     added: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """One POST; its reply is saved before anybody looks at it."""
-    if call.batch:
-        raise recorder.later(call.request["provider"], body)
     try:
         raw: dict[str, Any] = await (
             in_background.answer(provider, body, call.timeout, recorder.flight)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from agentflow import (
+    BudgetExceeded,
     Context,
     JournalFull,
     ModelError,
@@ -21,6 +22,7 @@ from agentflow import (
     UsageError,
     Waiting,
     batches,
+    configure,
     generate_content,
     human_task,
     ledger,
@@ -662,3 +664,49 @@ def test_foreign_batch_of_the_same_size_is_not_taken_for_ones_own(server: Loopba
     server.batching.handle("POST", "/v1/messages/batches", "", content, lambda *_: (200, {}))
     waited = run_program(PROGRAM, tmp_path, "never", model, env=server.environment, expect_failure=True)
     assert waited.code == 3 and len(server.batched) == 5 and len(server.batching.batches) == 2
+
+
+@each_model
+async def test_batch_is_set_aside_in_the_budget_while_it_is_under_way_and_has_its_rows_in_the_ledger(
+    server: Loopback, model: str, journal: Any
+) -> None:
+    from agentflow import costs
+
+    fan = fan_out(model, 4, max_tokens=1000)
+    with pytest.raises(BudgetExceeded, match="a batch of 4 requests"):
+        await fan.options(budget="0.000001").run()
+    assert server.batching_events == [] and list(journal.scan("lr/")) == []
+
+    with pytest.raises(Waiting):
+        await fan.options(budget="1").run()
+    ((_, held),) = journal.scan("lr/")
+    at_most = Decimal(json.loads(held)["at_most"])
+    assert at_most > 0 and created(server) == 1
+    assert await fan.run() == [answer_to(f"Hi {n}") for n in range(4)]
+    assert list(journal.scan("lr/")) == []
+    (line,) = costs.summary(journal)
+    assert (line.calls, line.in_doubt, line.paid) == (4, 0, runs.list()[0].cost)
+    assert 0 < line.paid < at_most
+
+
+async def test_what_a_batch_may_cost_counts_for_others_until_it_has_ended(server: Loopback, journal: Any) -> None:
+    fan = fan_out(MODELS[0], 4, max_tokens=1000)
+    with pytest.raises(Waiting):
+        await fan.options(budget="1").run()
+    ((_, held),) = journal.scan("lr/")
+    at_most = Decimal(json.loads(held)["at_most"])
+    configure(budget=f"{at_most + Decimal('0.0001')}/day")
+    try:
+
+        @workflow("other")
+        async def other(ctx: Context) -> str:
+            return await generate_content("Hi", model=MODELS[0], max_tokens=1000)
+
+        running = asyncio.create_task(other.run())
+        with pytest.raises(TimeoutError):  # it waits: what is set aside may come back
+            await asyncio.wait_for(asyncio.shield(running), 0.3)
+        assert server.arrived == []
+        await fan.run()
+        assert await running == answer_to("Hi")
+    finally:
+        configure(budget=None)

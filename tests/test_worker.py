@@ -488,3 +488,23 @@ def test_a_worker_needs_a_number_of_runs():
     for wrong in (0, -1, True, 1.5):
         with pytest.raises(agentflow.UsageError):
             worker.Worker({}, concurrency=wrong)
+
+
+async def test_a_run_is_due_when_an_event_comes_that_it_waits_for_and_not_for_others(journal):
+    @workflow("waits")
+    async def waits(ctx, order: int):
+        return await ctx.wait_for_event("paid", match={"order": order}, default=None)
+
+    first, second = [await waits.start(order) for order in (1, 2)]
+    assert first.status == second.status == "waiting"
+    agentflow.send_event("shipped", {"order": 1})
+    agentflow.send_event("paid", {"order": 3})
+    assert list(worker.due(journal, time.time())) == []
+    agentflow.send_event("paid", {"order": 2})
+    assert [document["id"] for document in worker.due(journal, time.time())] == [second.id]
+    assert await waits.run(2) == {"order": 2}
+    assert list(worker.due(journal, time.time())) == []
+    agentflow.send_event("paid", {"order": 1}, run_id=first.id)
+    assert [document["id"] for document in worker.due(journal, time.time())] == [first.id]
+    assert await waits.run(1) == {"order": 1}
+    assert list(journal.scan("wn/")) == [] and list(journal.scan("wake/")) == []
