@@ -151,11 +151,11 @@ async def test_a_run_that_stays_goes_on_when_its_childs_child_is_answered() -> N
         return list(await asyncio.gather(middle.run(), step("child", lowest.options(run_id="other").run)))
 
     running = asyncio.create_task(top.options(wait=True).run())
-    while len(tasks.list(status="open")) < 2:  # noqa: ASYNC110
+    while [run.status for run in runs.list(status="waiting")] != ["waiting"] * 3:  # noqa: ASYNC110, all but the top
         await asyncio.sleep(0.005)
     assert not running.done()
     approve_all()
-    assert await running == [True, True]
+    assert await asyncio.wait_for(running, 60) == [True, True]
 
 
 def test_plain_code_waits_for_what_its_child_waits_for() -> None:
