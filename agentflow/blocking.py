@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.clock import pass_time
-from agentflow.drive import PENDING, Wait, inside, when_back
+from agentflow.drive import PENDING, Wait, inside, pauses, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
@@ -48,6 +48,10 @@ def drive_blocking(call: Any) -> Any:
                 time.sleep(effect[1])
             elif kind == "settle":
                 time.sleep(0)
+            elif kind == "let_siblings":
+                with ex.patience(call):
+                    for pause in pauses(call):
+                        time.sleep(pause)
             elif kind == "join":
                 effect[1].result()
             else:

@@ -10,7 +10,8 @@ import asyncio
 import contextvars
 import gc
 import inspect
-from collections.abc import Awaitable, Callable, Generator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ from agentflow.settings import log, settings
 from agentflow.workers import in_flight, threads
 
 PENDING: Any = object()
+PATIENCE = 5.0  # seconds that a step waits for siblings that may leave it their record
 
 
 class Wait:
@@ -74,6 +76,8 @@ async def _perform(call: Call, steps: Generator[Any, Any, Any], effect: Any) -> 
                 await asyncio.sleep(effect[1])
             elif kind == "settle":
                 await _settle(ex)
+            elif kind == "let_siblings":
+                await _let_siblings(call)
             elif kind == "park":
                 result = await park(ex, effect[1])
             elif kind == "join":
@@ -97,6 +101,24 @@ async def _settle(ex: Execution) -> None:
         await asyncio.sleep(0)
         quiet = quiet + 1 if ex.asked == seen else 0
         seen = ex.asked
+
+
+async def _let_siblings(call: Call) -> None:
+    with call.ex.patience(call):
+        for pause in pauses(call):
+            await asyncio.sleep(pause)
+
+
+def pauses(call: Call) -> Iterator[float]:
+    """Seconds to sleep, again and again, while a sibling has not asked yet for what this call could use.
+
+    It may never ask: the step was moved from there to here. That shows when it ends; one that goes on for long is not
+    waited for, since it might wait for this one.
+    """
+    pause, end = 0.0, time.monotonic() + (0.2 if call.ex.plan else PATIENCE)  # a plan's branches stay where they stop
+    while call.ex.kept_by_sibling(call) and time.monotonic() < end:
+        yield pause
+        pause = min(max(pause * 2, 0.0005), 0.02)
 
 
 def inside(call: Call, current: Current) -> Here:
@@ -249,11 +271,17 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
                 label = at.ex.naming or at.ex.label(coroutine_label(coro), place)
                 at.ex.expect_branches(place, [label])
         task = before(loop, coro, **kwargs) if before is not None else asyncio.Task(coro, loop=loop, **kwargs)
-        if at is not None and known and not task.done():
+        if at is not None and known:
             ex = at.ex
-            ex.tasks[task] = label
-            task.add_done_callback(lambda done: ex.tasks.pop(done, None))
+            if not task.done():
+                ex.tasks[task] = label
+            task.add_done_callback(lambda done: ended(ex, place, label, done))
         return task
+
+    def ended(ex: Execution, place: Here, label: str, task: Any) -> None:
+        ex.tasks.pop(task, None)
+        if label:
+            ex.branches_ended(place, [label])
 
     _factories[loop] = [1, before, factory]
     loop.set_task_factory(factory)

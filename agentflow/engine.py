@@ -250,7 +250,8 @@ def _run(call: Call, again: int = 0) -> Process:
     ex, options = call.ex, call.options
     if ex.plan:
         ex.would_run(call)
-        yield ("park", None)
+        with ex.patience(call):
+            yield ("park", None)
     if ex.collecting:
         raise located(StepError(f"step {call.name!r} has no record"), call)
     if ex.overdue():

@@ -2,7 +2,8 @@
 
 Nothing here runs a step. The order of the questions is the order of ``find``: a record at exactly this
 place; one of the same branch; after siblings had their turn, one from elsewhere, or one that was given the
-same but for accidents of the moment. Then ``judge``: may this record be used as it is?
+same but for accidents of the moment; one that a sibling has not asked for when it ends. Then ``judge``: may
+this record be used as it is?
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def find(call: Call) -> Generator[Effect, Any, Row | None]:
             # Siblings that have this record in their own place get the chance to claim it first.
             yield ("settle",)
             slot = ex.elsewhere(call) or like(call)
+            if slot is None and ex.kept_by_sibling(call):
+                yield ("let_siblings",)
+                slot = ex.elsewhere(call)
         if slot is None:
             if ex.records.lent(call.ident):
                 raise located(

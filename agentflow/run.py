@@ -6,12 +6,14 @@ carried out, with asyncio or without, in ``drive.py``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -139,7 +141,8 @@ class Execution:
     _uuids: dict[str, list[int]] | None = None
     _starts: list[tuple[str, list[int]]] | None = None
     _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    _live_branches: set[str] = field(default_factory=set)
+    _live_branches: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    _patient: Counter[str] = field(default_factory=Counter)
     _labels: dict[tuple[str, str, str], int] = field(default_factory=dict)
     naming: str | None = None
     _cell: Any = None
@@ -255,7 +258,9 @@ class Execution:
         if label is None:
             label = self.label("task", place)
         arrived = place.branching(label, task)
-        self._live_branches.add(short(arrived.branch, BRANCH))
+        self.expect_branches(place, [label])
+        if task not in self.tasks:
+            task.add_done_callback(lambda _: self.branches_ended(place, [label]))
         here.set(arrived)
         return arrived
 
@@ -271,7 +276,19 @@ class Execution:
     def expect_branches(self, place: Here, labels: list[str]) -> None:
         """Branches that will come: their records are theirs even before they ask."""
         for label in labels:
-            self._live_branches.add(short(f"{place.branch}/{label}", BRANCH))
+            branch = f"{place.branch}/{label}"
+            self._live_branches.setdefault(short(branch, BRANCH), set()).add((place.scope, branch))
+
+    def branches_ended(self, place: Here, labels: list[str]) -> None:
+        """Branches that ask for nothing any more: what is left of their records may be used elsewhere."""
+        for label in labels:
+            branch = f"{place.branch}/{label}"
+            name = short(branch, BRANCH)
+            alive = self._live_branches.get(name)
+            if alive is not None:
+                alive.discard((place.scope, branch))
+                if not alive:
+                    del self._live_branches[name]
 
     def is_left(self, place: Here) -> bool:
         """Whether a sibling's failure has ended the branch that stands here (plain code, which nothing can cancel)."""
@@ -300,11 +317,31 @@ class Execution:
         return self._own_code(call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch))
 
     def elsewhere(self, call: Call) -> Slot | None:
-        """One from a branch that is not there any more; a branch that is there asks for its own."""
-        live = self._live_branches
-        return self._own_code(
-            call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch not in live)
-        )
+        """One from a branch that is not there any more; a branch that is there asks for its own.
+
+        One that waits for a sibling's record itself may lack its own because the two were exchanged.
+        """
+        live, patient = self._live_branches, self._patient
+        found = (s for s in self.records.slots(call.ident) if not s.claimed)
+        return self._own_code(call, (s for s in found if s.branch not in live or s.branch in patient))
+
+    def kept_by_sibling(self, call: Call) -> bool:
+        """Whether a sibling that is still there has a record of this ident that it has not asked for yet."""
+        live, patient = self._live_branches, self._patient
+        kept = (s.branch for s in self.records.slots(call.ident) if s.n >= 0 and not s.claimed)
+        return any(branch in live and branch not in patient for branch in kept)
+
+    @contextlib.contextmanager
+    def patience(self, call: Call) -> Iterator[None]:
+        """While a call waits for what a sibling may leave to it, or stands where its plan ends."""
+        name = short(call.here.branch, BRANCH)
+        self._patient[name] += 1
+        try:
+            yield
+        finally:
+            self._patient[name] -= 1
+            if not self._patient[name]:
+                del self._patient[name]
 
     def others(self, call: Call) -> bool:
         return self.records.free(call.ident[:NS]) > 0
@@ -314,7 +351,7 @@ class Execution:
 
     def near(self, call: Call) -> list[Slot]:
         """Unclaimed records of that name, but for those of other branches that are there."""
-        others = self._live_branches - {short(call.here.branch, BRANCH)}
+        others = self._live_branches.keys() - {short(call.here.branch, BRANCH)}
         return [slot for slot in self.unclaimed(call) if slot.branch not in others]
 
     def take(self, call: Call, slot: Slot, how: bool | str = True) -> None:

@@ -209,6 +209,8 @@ def _fan_out(
             for future in done:
                 index = running.pop(future)
                 ended += 1
+                if ex is not None and place is not None:
+                    ex.branches_ended(place, [names[index]])
                 error = future.exception()
                 if error is None:
                     results[index] = future.result()
@@ -221,6 +223,8 @@ def _fan_out(
     finally:
         for future in running:
             future.add_done_callback(lambda _: count_going(ex, -1))
+        if ex is not None and place is not None:
+            ex.branches_ended(place, [names[index] for index in (*running.values(), *waiting)])
         count_going(ex, 1 - ended)
     if first is not None:
         raise first

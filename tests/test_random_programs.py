@@ -265,7 +265,7 @@ def _containers(children: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
 
 
 programs = st.lists(st.recursive(leaves, _containers, max_leaves=6), min_size=1, max_size=4)
-edits = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99), leaves), min_size=1, max_size=4)
+edits = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 99), leaves), min_size=1, max_size=4)
 
 
 def edited(program: list[Node], changes: list[tuple[int, int, Node]]) -> list[Node]:
@@ -281,6 +281,11 @@ def edited(program: list[Node], changes: list[tuple[int, int, Node]]) -> list[No
             del block[at % len(block)]
         elif what == 2:
             block.reverse()
+        elif what == 5 and len(block) > 1:
+            moved = block.pop(at % len(block))
+            places = [each for each in _blocks(new) if not any(each is inner for inner in _blocks([moved]))]
+            to = places[(where // 7) % len(places)]
+            to.insert(where % (len(to) + 1), moved)
         elif what == 3:
             branches = [each[2] for each in _nodes(new) if each[0] == "parallel"]
             if branches:
