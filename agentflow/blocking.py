@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.clock import pass_time
-from agentflow.drive import PENDING, Wait, inside, pauses, when_back
+from agentflow.drive import PENDING, Wait, inside, keep, pauses, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
@@ -126,11 +126,15 @@ def _paid(call: Call, current: Current) -> Any:
         return future.result()
     except CancelledError as error:  # an Exception here, and no failure of the step
         raise asyncio.CancelledError from error
-    except BaseException:
+    except BaseException as error:
         if current.stop is not None:  # what goes on at the provider is not waited for here
             current.stop()
-        if not future.done():  # Ctrl-C
-            stop_paying({future: call})
+        if not isinstance(error, Exception):  # Ctrl-C
+            if not future.done():
+                stop_paying({future: call})
+            current.left = True
+            if future.done():
+                keep(future, current)
         raise
 
 

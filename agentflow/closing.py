@@ -219,7 +219,9 @@ def close(opened: Opened, status: str) -> None:
         ops.append(Drop(rundocs.wake_key(ex.run_id)))
     assert opened.lease is not None
     opened.lease.release(ops)
-    if status != "waiting":
+    if status == "failed":
+        ex.settle_marks()
+    elif status != "waiting":
         ex.journal.clear_marks(ex.run_id)
 
 

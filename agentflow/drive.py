@@ -170,7 +170,7 @@ async def _answered(call: Call, current: Current) -> Any:
     """A model call whose reply may come later: it waits as for a person, and takes up what has come."""
     while True:
         try:
-            return await _paid(call)
+            return await _paid(call, current)
         except Unanswered as unanswered:
             later = unanswered
         wait = later.wait()
@@ -182,8 +182,8 @@ async def _answered(call: Call, current: Current) -> Any:
             await call.ex.journal.acommit(ops, fence=call.ex.fence)
 
 
-async def _paid(call: Call) -> Any:
-    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded.
+async def _paid(call: Call, current: Current) -> Any:
+    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded, and so is the step.
 
     One that was not sent yet is not sent any more.
     """
@@ -197,7 +197,7 @@ async def _paid(call: Call) -> Any:
     except asyncio.CancelledError:
         if call.withdraw():
             task.cancel()
-        task.add_done_callback(lambda t: t.cancelled() or t.exception())
+        task.add_done_callback(lambda done: keep(done, current))
         raise
 
 
@@ -223,15 +223,23 @@ def when_back(future: Future[Any], current: Current) -> Future[None]:
 
     def came_back(done: Future[Any]) -> None:
         try:
-            if done.exception() is None:
-                keep_late(current, done.result())
-        except (JournalError, NotRecordable) as error:
-            log.warning("%s · %s came back late; its result is lost: %s", current.run_id, current.name, error)
+            keep(done, current)
         finally:
             kept.set_result(None)
 
     future.add_done_callback(came_back)
     return kept
+
+
+def keep(done: Future[Any] | asyncio.Future[Any], current: Current) -> None:
+    """Record what came back after its caller was released, if anything did."""
+    if done.cancelled() or done.exception() is not None:
+        return
+    try:
+        keep_late(current, done.result())
+    except (JournalError, NotRecordable) as error:
+        lost = "its reply alone is recorded" if current.call.kind == "ai" else "its result is lost"
+        log.warning("%s · %s came back late; %s: %s", current.run_id, current.name, lost, error)
 
 
 def _timed_out(current: Current | None) -> bool:

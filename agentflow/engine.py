@@ -282,7 +282,7 @@ def _run(call: Call, again: int = 0) -> Process:
         undone = max(slot.voids(), again)
         current = Current(call, ex.key_of(call, undone), attempt, sample)
         current.facts = (slot, order, asked, started)
-        ex.started(call, slot, current, order)
+        ex.started(call, slot, current)
         if options.in_doubt != "rerun":
             yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", call.name)], False)
         try:

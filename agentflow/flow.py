@@ -200,7 +200,7 @@ class Workflow(Generic[P, T]):
         document, run_id = opening.locate(self._definition, journal, arguments)
         prior = opening.ended_as(document) if document is not None else None
         if document is not None and prior == "failed":
-            document["retry_upto"] = document["epoch"]
+            rundocs.note_retry(document)
         ex = opening.execution(self._definition, journal, run_id, document, arguments, prior)
         ex.plan = True
         return ex, Context(ex, single(arguments), self._definition.blocking), arguments

@@ -219,7 +219,7 @@ def take_up(
             document.pop("undoing", None)
             document.pop("compensated", None)
         if prior == "failed" and not document.get("undoing"):
-            document["retry_upto"] = document["epoch"]
+            rundocs.note_retry(document)
         document["epoch"] += 1
         if text != document["input"]:
             document["input"] = text
@@ -264,7 +264,7 @@ def execution(
     if document is not None:
         ex.budget = _budget(flow, document)
         ex.number = document["epoch"]
-        ex.retry_upto = document.get("retry_upto", 0)
+        ex.retried = rundocs.retried(document)
         ex.undoing = bool(document.get("undoing"))
         ex.same_code = document.get("code") == code_digest(flow)
         ex.input_text = document["input"]

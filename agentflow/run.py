@@ -78,7 +78,7 @@ class Execution:
     lease: Any = None
     asked: int = 0
     number: int = 1
-    retry_upto: int = 0
+    retried: list[int] = field(default_factory=list)
     undoing: bool = False
     prior: str | None = None
     budget: RunBudget | None = None
@@ -391,6 +391,8 @@ class Execution:
         elif slot.n >= 0 and not self.scratch:
             # What was recorded and paid for inside the version before is found under its id, wherever it stood.
             call.occ = self.records.row(slot, slot.n).head["occ"]
+        elif slot.occ:
+            call.occ = slot.occ
         return slot
 
     def _name_apart(self, call: Call) -> None:
@@ -400,8 +402,10 @@ class Execution:
         """
         taken = self._ids.get(call.ident)
         if taken is None:
-            slots = [slot for slot in self.records.slots(call.ident) if slot.n >= 0]
-            taken = self._ids[call.ident] = {self.records.row(slot, slot.n).head["occ"] for slot in slots}
+            slots = self.records.slots(call.ident)
+            taken = {self.records.row(slot, slot.n).head["occ"] for slot in slots if slot.n >= 0}
+            taken |= {slot.occ for slot in slots if slot.n < 0}
+            self._ids[call.ident] = taken
         counted, number = call.counted, 0
         while call.occ in taken:
             number += 1
@@ -430,7 +434,7 @@ class Execution:
             return f"{outer.name} is tried again"
         if call.kind == "compensation":
             return "it failed last time"
-        if head["s1"][0] > self.retry_upto:
+        if not self._failed_with(head):
             return None
         if self._handled(head):
             self.say_once(
@@ -445,16 +449,20 @@ class Execution:
         if self.scratch or n == 0:
             return True
         head = self.records.row(slot, n - 1).head
-        return head["status"] != "failed" or (head["s1"][0] <= self.retry_upto and not self._handled(head))
+        return head["status"] != "failed" or (self._failed_with(head) > 0 and not self._handled(head))
+
+    def _failed_with(self, head: dict[str, Any]) -> int:
+        """The first execution after this failure that failed and is run again, or 0: so long, code may handle it."""
+        return min((number for number in self.retried if number >= head["s1"][0]), default=0)
 
     def _handled(self, head: dict[str, Any]) -> bool:
-        """Whether a step of the same or an enclosing branch was started after the failure."""
+        """Whether a step of the same or an enclosing branch was started after the failure, before the run failed."""
         if self._starts is None:
             rows = (Row(key, text).head for key, text in self.journal.scan(self.records.prefix) if "!" not in key)
             self._starts = [(row["branch"], row["s0"]) for row in rows if not row.get("late")]
-        branch, end = head["branch"], head["s1"]
+        branch, end, last = head["branch"], head["s1"], self._failed_with(head)
         return any(
-            start > end and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
+            end < start < [last + 1] and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
             for other, start in self._starts
         )
 
@@ -619,11 +627,14 @@ class Execution:
             state.paid = any(True for place in places for _ in self.journal.keys(place, limit=1))
         return state
 
-    def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> None:
-        """Mark that an attempt starts."""
-        if not self.scratch and call.wait is None and call.kind != "agent":  # what is inside has marks of its own
-            line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "a": current.attempt, "s": order, "t": self.clock()}
-            self.journal.mark(self.run_id, orjson.dumps(line).decode())
+    def started(self, call: Call, slot: Slot, current: Current) -> None:
+        """Mark that an attempt starts, and where the call stands: edited code may ask for it elsewhere."""
+        if self.scratch:
+            return
+        line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "i": slot.ident, "p": slot.place, "a": current.attempt}
+        if call.wait is not None or call.kind == "agent":  # is never in doubt; what is inside has marks of its own
+            line["v"] = -1
+        self.journal.mark(self.run_id, orjson.dumps(line).decode())
 
     def unstart(self, call: Call, slot: Slot, current: Current) -> None:
         """The attempt was left because its run suspends: waiting inside it leaves nothing in doubt."""
@@ -644,7 +655,7 @@ class Execution:
     def goes_on(self, steps: list[Current]) -> list[Op]:
         """What says again that these steps are in flight."""
         for step in steps:
-            self.started(step.call, step.facts[0], step, step.facts[1])
+            self.started(step.call, step.facts[0], step)
         return [
             Add(f"d/{self.key}/{step.id}.{step.version}.{step.attempt}", step.name)
             for step in steps
@@ -652,9 +663,28 @@ class Execution:
         ]
 
     def load_marks(self) -> None:
+        """What was started before: it may be in doubt, and what is recorded inside it is for whoever asks for it."""
+        places: dict[str, dict[str, Any]] = {}
         for line in self.journal.marks(self.run_id):
             facts = orjson.loads(line)
             self.marks[facts["o"]] = (facts["v"], facts.get("a", 0))
+            if "p" in facts:
+                places[facts["o"]] = facts
+        for occ, facts in places.items():
+            if self.records.at(facts["i"], facts["p"]) is None:
+                self.records.add(Slot(facts["i"], facts["p"], occ))
+
+    def settle_marks(self) -> None:
+        """The run has ended, and nothing is in doubt. If it failed, what a cancelled step holds is not forgotten."""
+        kept = {}
+        for line in self.journal.marks(self.run_id):
+            facts = orjson.loads(line)
+            slot = self.records.at(facts["i"], facts["p"]) if "p" in facts else None
+            if slot is not None and slot.n < 0:
+                kept[facts["o"]] = {**facts, "v": -1}
+        self.journal.clear_marks(self.run_id)
+        for facts in kept.values():
+            self.journal.mark(self.run_id, orjson.dumps(facts).decode())
 
     def doubt(self, call: Call) -> None:
         self.totals.doubts += 1
