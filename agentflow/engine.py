@@ -31,7 +31,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec, costs, sending
+from agentflow import codec, costs
 from agentflow.calls import Call, Current, Suspend
 from agentflow.codedigest import changed_data
 from agentflow.errors import (
@@ -56,7 +56,6 @@ from agentflow.lease import acquire
 from agentflow.records import ONCE, PlanStep, Retry
 from agentflow.reuse import Effect, find, given_same, judge, like, located
 from agentflow.run import Attempts
-from agentflow.supplied import as_recorded
 from agentflow.workers import in_flight
 
 Process = Generator[Effect, Any, Any]
@@ -118,6 +117,8 @@ def process(call: Call) -> Process:
 
 def _supplied(call: Call, given: str) -> Process:
     """A step that is not run: somebody gave its result when the run was retried or forked."""
+    from agentflow.supplied import as_recorded
+
     ex = call.ex
     row = yield from find(call)
     if row is not None:
@@ -396,6 +397,8 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
         if not state.paid:
             ex.doubt(call)
             if call.request is not None:
+                from agentflow import sending
+
                 current = Current(call, "", state.failed + 1, state.sample)
                 yield ("commit", sending.doubt(call, current, call.request), False)
         return _RUN

@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, plans, redo, rundocs
+from agentflow import codec, control, redo, rundocs
 from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.context import view
@@ -40,10 +40,14 @@ class Plan:
     def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
         self.run_id = run_id
         self.steps = steps
+        from agentflow import plans
+
         dollars, unknown = plans.total(steps)
         self.dollars: Decimal | None = None if unknown else dollars
 
     def __str__(self) -> str:
+        from agentflow import plans
+
         return plans.render(self.run_id, self.steps)
 
 
