@@ -54,7 +54,7 @@ from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
 from agentflow.records import ONCE, PlanStep, Retry
-from agentflow.reuse import Effect, find, given_same, judge, like, located
+from agentflow.reuse import Effect, doubt_rows, find, given_same, judge, like, located
 from agentflow.run import Attempts
 from agentflow.workers import in_flight
 
@@ -285,7 +285,7 @@ def _run(call: Call, again: int = 0) -> Process:
         current.facts = (slot, order, asked, started)
         ex.started(call, slot, current)
         if options.in_doubt != "rerun":
-            yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", call.name)], False)
+            yield ("commit", doubt_rows(call, slot, attempt, order), False)
         try:
             result = yield ("attempt", current, options.timeout)
             text, value = codec.roundtrip(result, where="result")

@@ -18,7 +18,8 @@ import orjson
 
 from agentflow.calls import Call
 from agentflow.errors import NondeterministicStep, StepChanged
-from agentflow.index import Row, Slot
+from agentflow.index import BRANCH, NS, Row, Slot
+from agentflow.journal import Add
 
 Effect = tuple[Any, ...]
 
@@ -58,7 +59,9 @@ def find(call: Call) -> Generator[Effect, Any, Row | None]:
             if ex.others(call):
                 _refuse_changed(call)
                 ex.missed(call)
-            return None
+            slot = _started_before(call)
+            if slot is None:
+                return None
         call.slot = slot
         ex.take(call, slot)
     return judge(call, slot)
@@ -214,6 +217,50 @@ def like(call: Call) -> Slot | None:
         f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
     )
     return slot
+
+
+def doubt_rows(call: Call, slot: Slot, attempt: int, order: list[int]) -> list[Add]:
+    """What says durably that an attempt starts, where that must not go unnoticed (``in_doubt`` is "raise" or "ask").
+
+    A call whose given holds what could be an accident of the moment is kept with it: the next process will ask for it
+    with another clock reading or uuid, and has to learn that it was in flight all the same.
+    """
+    ex = call.ex
+    key = f"{ex.key}/{call.occ}.{slot.n + 1}.{attempt}"
+    rows = [Add(f"d/{key}", call.name)]
+    if slot.n < 0 and len(call.given) <= 65536 and _MOMENT.search(call.given):
+        head = {"ident": slot.ident, "place": slot.place, "s0": order, "w0": ex.session}
+        rows.append(Add(f"dg/{key}", Row.compose(head | {"asked": time.time()}, "null", call.given)))
+    return rows
+
+
+def _started_before(call: Call) -> Slot | None:
+    """A call that was in flight and differs only by accidents of the moment: this is the same call, and in doubt."""
+    from agentflow.compare import differences
+
+    ex = call.ex
+    if call.options.in_doubt == "rerun" or ex.prior is None or ex.scratch or not _MOMENT.search(call.given):
+        return None
+    prefix, others = f"dg/{ex.key}/", ex.siblings(call)
+    for key, text in ex.journal.scan(prefix):
+        row, number = Row(key, text), key[len(prefix) :]
+        head = row.head
+        if head["ident"][:NS] != call.ident[:NS] or head["place"][:BRANCH] in others:
+            continue
+        slot = ex.records.at(head["ident"], head["place"])
+        if (slot is not None and (slot.claimed or slot.n >= 0)) or ex.journal.get(f"d/{ex.key}/{number}") is None:
+            continue
+        diffs = differences(
+            row.given,
+            call.given,
+            old_window=(head["w0"], head["asked"]),
+            new_window=(ex.session, time.time()),
+            known=functools.partial(_known, ex, row),
+        )
+        if diffs and all(d.accident for d in diffs):
+            ex.warn(f"{call.name}: was started before, and {_accidents(diffs)} differs: it is the same call, in doubt")
+            return slot or ex.records.add(Slot(head["ident"], head["place"], number.partition(".")[0]))
+    return None
 
 
 def _known(ex: Any, row: Row, text: str) -> bool:

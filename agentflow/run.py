@@ -351,8 +351,12 @@ class Execution:
 
     def near(self, call: Call) -> list[Slot]:
         """Unclaimed records of that name, but for those of other branches that are there."""
-        others = self._live_branches.keys() - {short(call.here.branch, BRANCH)}
+        others = self.siblings(call)
         return [slot for slot in self.unclaimed(call) if slot.branch not in others]
+
+    def siblings(self, call: Call) -> set[str]:
+        """The branches that are there, but for the call's own."""
+        return self._live_branches.keys() - {short(call.here.branch, BRANCH)}
 
     def take(self, call: Call, slot: Slot, how: bool | str = True) -> None:
         """Claim a slot for a call, and with it for the attempts of the steps around it."""

@@ -376,6 +376,62 @@ def test_a_failure_handled_after_a_crash_stays_handled_when_the_run_fails_later(
     assert Counter(notes(tmp_path)) == {"ship": 1, "refund": 2, "report": 3, "new": 1}
 
 
+DOUBTFUL = """
+import datetime, uuid
+
+def charge(order, reference, at):
+    note(f"charge {order}")
+    if (HERE / "die").exists():
+        die()
+    return f"paid {order}"
+
+@workflow("doubtful")
+async def flow(ctx, orders: list[int], policy: str):
+    async def one(order):
+        # A clock reading and a uuid of the body: other ones in each process.
+        return await step("charge", charge, order, str(uuid.uuid4()), datetime.datetime.now(), in_doubt=policy)
+    if sys.argv[1] == "gathered":
+        return list(await asyncio.gather(*(one(order) for order in orders)))
+    return [await one(order) for order in orders]
+
+orders = [int(each) for each in sys.argv[3:]]
+print(flow.options(run_id="r").run_sync(orders, sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("before", ["one by one", "gathered"])
+@pytest.mark.parametrize("after", ["one by one", "gathered"])
+def test_a_step_in_doubt_stays_so_although_a_uuid_or_the_clock_in_its_input_differs(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    file = write_program(DOUBTFUL, tmp_path)
+    (tmp_path / "die").touch()
+    run_program(file, tmp_path, before, "raise", "1", expect_kill=True)
+    (tmp_path / "die").unlink()
+    ended = run_program(file, tmp_path, after, "raise", "1", expect_failure=True)
+    assert "StepInDoubt" in ended.err and "it is the same call, in doubt" in ended.err
+    assert notes(tmp_path) == ["charge 1"]
+    # Another order is another call, which is in no doubt.
+    ended = run_program(file, tmp_path, after, "raise", "2", "1", expect_failure=True)
+    assert "StepInDoubt" in ended.err
+    assert Counter(notes(tmp_path)) == {"charge 1": 1, "charge 2": 1}
+
+
+def test_a_person_asked_about_a_step_in_doubt_is_asked_once_although_a_uuid_differs(tmp_path: Path) -> None:
+    file = write_program(DOUBTFUL, tmp_path)
+    (tmp_path / "die").touch()
+    run_program(file, tmp_path, "one by one", "ask", "1", expect_kill=True)
+    (tmp_path / "die").unlink()
+    for _ in range(2):
+        assert "Did charge happen?" in run_program(file, tmp_path, "one by one", "ask", "1", expect_failure=True).err
+    agentflow.configure(path=tmp_path / "journal")
+    (task,) = tasks.list(status="open")
+    tasks.answer(task.id, "paid by hand", by="ann")
+    for _ in range(2):
+        assert run_program(file, tmp_path, "one by one", "ask", "1").out.strip() == "['paid by hand']"
+    assert notes(tmp_path) == ["charge 1"]
+
+
 # -- compensation -----------------------------------------------------------------------------------------------------
 
 
