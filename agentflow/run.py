@@ -143,6 +143,7 @@ class Execution:
     _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
     _live_branches: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
     _patient: Counter[str] = field(default_factory=Counter)
+    _waited_for: set[str] = field(default_factory=set)
     _labels: dict[tuple[str, str, str], int] = field(default_factory=dict)
     naming: str | None = None
     _cell: Any = None
@@ -326,7 +327,12 @@ class Execution:
         return self._own_code(call, (s for s in found if s.branch not in live or s.branch in patient))
 
     def kept_by_sibling(self, call: Call) -> bool:
-        """Whether a sibling that is still there has a record of this ident that it has not asked for yet."""
+        """Whether a sibling that is still there has a record of this ident that it has not asked for yet.
+
+        Once it was waited for in vain, as by a poll in a loop, the answer is no.
+        """
+        if call.ident in self._waited_for:
+            return False
         live, patient = self._live_branches, self._patient
         kept = (s.branch for s in self.records.slots(call.ident) if s.n >= 0 and not s.claimed)
         return any(branch in live and branch not in patient for branch in kept)
@@ -338,6 +344,8 @@ class Execution:
         self._patient[name] += 1
         try:
             yield
+            if self.kept_by_sibling(call):
+                self._waited_for.add(call.ident)
         finally:
             self._patient[name] -= 1
             if not self._patient[name]:

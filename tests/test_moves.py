@@ -131,6 +131,27 @@ async def test_a_sibling_that_waits_for_the_step_is_not_waited_for_without_end(m
     assert RAN == ["x"]
 
 
+async def test_a_sibling_is_waited_for_once_and_not_by_each_call_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = 0
+    pauses = drive.pauses
+
+    def counted(call: Any) -> Any:
+        nonlocal waits
+        waits += 1
+        return pauses(call)
+
+    monkeypatch.setattr(drive, "pauses", counted)
+    monkeypatch.setattr(drive, "PATIENCE", 0.05)
+    BRANCHES.update(a=["x"], b=["two"])
+    await moves.run("gather")
+    RAN.clear()
+    GATES["gate"] = asyncio.Event()
+    BRANCHES.update(a=["gate", "x"], b=["two", *["x"] * 20, "open"])
+    await asyncio.wait_for(moves.run("gather"), 30)
+    assert RAN == ["x"] * 20
+    assert waits == 1
+
+
 def test_a_branch_that_never_started_leaves_its_records_to_others() -> None:
     @workflow("stopped-early")
     async def flow(ctx: Any) -> str:
