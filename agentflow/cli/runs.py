@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +31,7 @@ RUN = Annotated[
 OTHER = Annotated[str, typer.Argument(metavar="OTHER", help="The run to compare with.", autocompletion=complete_run)]
 MODULE = Annotated[
     str | None,
-    typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: app:flow for the workflow in app.py."),
+    typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: app:flow, app.py:flow or app."),
 ]
 FROM = Annotated[str | None, typer.Option("--from", metavar="STEP", help="Name or id of the first step to do anew.")]
 RESULT = Annotated[
@@ -233,7 +235,8 @@ def _go_on(run: Run, module: str | None, json: bool, *, needed: bool = True) -> 
         return _told(run, json)
     with_code = _with_code(run, module)
     try:
-        with_code.run_sync()
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not the data
+            with_code.run_sync()
     except (RunBusy, JournalError, RunCancelled, BudgetExceeded):
         raise
     except Exception as error:
