@@ -114,6 +114,11 @@ class Run:
     def completed_at(self) -> Any:
         return moment(self._document.get("ended_at"))
 
+    @property
+    def tick(self) -> Any:
+        """The instant of the schedule's tick whose run this is; None for a run that somebody started."""
+        return moment(self._document.get("tick"))
+
     def result(self) -> Any:
         """The recorded result. Raises the recorded error, or ``Waiting``."""
         if self.status == "completed":

@@ -78,6 +78,7 @@ def show(run_id: RUN, json: JSON = False) -> None:
             ("workflow", run.workflow),
             ("status", run.status),
             ("fork of", run.parent and run.parent + (f", from {run.forked_at} on" if run.forked_at else "")),
+            ("tick", output.when(run.tick)),
             ("started", output.when(run.started_at)),
             ("took", None if took is None else words(took)),
             ("paid", f"{money(run.cost)}, saved {money(run.saved)}"),
@@ -330,7 +331,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 def full(run: Run) -> dict[str, Any]:
     """One run in the JSON of ``runs show``, and of the commands that go on with one."""
-    more = {name: getattr(run, name) for name in ("parent", "forked_at", "input", "output")}
+    more = {name: getattr(run, name) for name in ("parent", "forked_at", "tick", "input", "output")}
     return summary(run) | more | {"steps": [step(each) for each in run.steps]}
 
 
