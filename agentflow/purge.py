@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from agentflow import children, events, rundocs
+from agentflow import children, events, leftover, rundocs
 from agentflow.durations import Duration, seconds
 from agentflow.errors import RunBusy, UsageError
 from agentflow.index import in_key
@@ -75,7 +75,13 @@ def purge(
             since = document.get("ended_at") or document["created_at"]
             if now - since >= age:
                 chosen[document["id"]] = each
-    kept: dict[str, str] = {}
+    kept = {
+        run: "what it has at its provider may not have ended"
+        for run, at in leftover.left(journal)
+        if chosen.get(run) and now - at < leftover.GIVE_UP
+    }
+    for run in kept:
+        del chosen[run]
     while needed := {run: why for run in chosen if (why := _needed(journal, run, chosen)) is not None}:
         kept |= needed
         for run in needed:
@@ -117,7 +123,7 @@ def keys_of(journal: Journal, run_id: str) -> list[str]:
             linked += [f"xt/open/{int(orjson.loads(text)['created_at'] * 1000):014d}-{task}", f"h/{task}"]
     for key, text in journal.scan(f"w/{name}/"):
         linked += events.waiting_for(key, orjson.loads(text)["names"])
-    linked.append(rundocs.wake_key(run_id))
+    linked += [rundocs.wake_key(run_id), f"ab/{name}"]
     found = [key for key in linked if journal.get(key) is not None]
     return found + [key for family in _FAMILIES for key, _ in journal.keys(f"{family}/{name}/")]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import children, rundocs
+from agentflow import children, leftover, rundocs
 from agentflow.calls import Suspend
 from agentflow.drive import halt
 from agentflow.errors import RunBusy, RunCancelled, UsageError, Waiting
@@ -117,6 +117,7 @@ class Worker:
         self._retry_at: dict[str, tuple[int, float]] = {}
         self._stops = 0
         self._news = asyncio.Event()
+        self._collect_at = 0.0
 
     async def run(self) -> None:
         """Work until ``stop``, SIGTERM or Ctrl-C."""
@@ -147,7 +148,7 @@ class Worker:
         while not self._stops:
             self._news.clear()
             version = journal.version()
-            started = ticker.tick(now())
+            started = ticker.tick(now()) + self._collect(journal)
             for document in due(journal, now()):
                 if len(self._tasks) >= self.concurrency or self._stops:
                     break
@@ -166,6 +167,16 @@ class Worker:
         self._tasks[task] = run_id
         task.add_done_callback(self._done)
         return True
+
+    def _collect(self, journal: Journal) -> int:
+        """Now and then, look after what cancelled runs have left at providers, beside the runs."""
+        if time.monotonic() < self._collect_at or not any(leftover.left(journal)):
+            return 0
+        self._collect_at = time.monotonic() + leftover.AGAIN
+        task = asyncio.get_running_loop().create_task(leftover.collect(journal))
+        self._tasks[task] = ""
+        task.add_done_callback(self._done)
+        return 1
 
     def _done(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]

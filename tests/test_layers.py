@@ -34,7 +34,7 @@ LAYERS = [
     {"engine"},
     {"drive"},
     {"batches", "blocking", "human", "scratch", "values"},
-    {"control", "events"},
+    {"control", "events", "leftover"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
     {"agent"},
     {"aicall", "export", "terminal", "upkeep"},

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import agentflow
-from agentflow import layout, rundocs, schedules, tasks, upkeep, worker
+from agentflow import layout, leftover, rundocs, schedules, tasks, upkeep, worker
 from agentflow.cli import output
 from agentflow.cli.journal import size
 from agentflow.durations import words
@@ -105,6 +105,8 @@ def _runs(journal: Journal) -> Iterator[Check]:
         yield "worker", True if each["alive"] else None, about if each["alive"] else f"{about}; it was killed"
     served = {name for each in workers if each["alive"] for name in each["workflows"]}
     yield from (_schedule(journal, each, each.workflow in served) for each in schedules.known(journal))
+    if left := sum(1 for _ in leftover.left(journal)):
+        yield "cancelled", None, f"{left} cancelled runs may have something at a provider; a worker collects it"
     if due and not any(each["alive"] for each in workers):
         yield "due", None, f"{due} could go on and there is no worker: agentflow worker app:flows"
     else:
