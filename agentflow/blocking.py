@@ -187,6 +187,7 @@ def _stop_clocks() -> list[tuple[Any, float]]:
 def park_blocking(ex: Execution, wait: Wait | None) -> Any:
     """Wait in the calling thread; leaves by ``Suspend`` when no branch can go on and no time is near."""
     pause, me = 0.001, object()
+    asked = None
     clocks = _stop_clocks()
     place = here.get()
     around = enclosing(place.outer.call) if place is not None and place.outer is not None else []
@@ -203,6 +204,9 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                     if ops := ex.goes_on(around):
                         ex.journal.commit(ops, fence=ex.fence)
                     return result
+            if ex.terminal is not None and asked is None:
+                ex.terminal.add(wait)
+                asked = wait
             with ex.turn:
                 place = here.get()
                 if ex.left_branches and place is not None and ex.is_left(place):
@@ -238,6 +242,8 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 pause = 0.0005
             pause = min(pause * 2, 0.25)
     finally:
+        if asked is not None:
+            ex.terminal.drop(asked)
         with ex.turn:
             del ex.held_up[me]
             ex.going += 1

@@ -40,6 +40,9 @@ def cancel(journal: Journal, run_id: str, *, compensate: bool) -> dict[str, Any]
         txn.apply(rundocs.write(document, "interrupted" if compensate else "cancelled"))
         # Nobody else commits while this transaction is open: what is read here is what there is.
         txn.apply(human.withdrawn(journal, run_id, now()))
+        if any(txn.scan(f"{family}/{in_key(run_id)}/") for family in ("i", "b")):
+            # A provider may have something of it: leftover.py cancels that.
+            txn.put(f"ab/{in_key(run_id)}", orjson.dumps({"run": run_id, "at": now()}).decode())
         return document
 
     document = journal.guarded(end)

@@ -343,6 +343,8 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
     clocks = stop_clocks()
     if ex.stay and (ops := ex.only_waits(waiting)):
         await ex.journal.acommit(ops, fence=ex.fence)
+    if ex.terminal is not None:
+        ex.terminal.add(wait)
     try:
         result = await future
         # Asking has taken back, durably, that the steps around were in flight: from here on they are again.
@@ -350,6 +352,8 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
             await ex.journal.acommit(ops, fence=ex.fence)
         return result
     finally:
+        if ex.terminal is not None:
+            ex.terminal.drop(wait)
         ex.parked.pop(future, None)
         start_clocks(clocks)
 

@@ -95,6 +95,7 @@ class Execution:
     cancelling: bool = False
     cancelled: bool = False
     ask: Any = None
+    terminal: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
     saved_by: dict[tuple[str, str], Decimal] = field(default_factory=dict)

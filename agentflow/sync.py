@@ -116,9 +116,13 @@ def workflow(
     budget: Any = None,
     on_change: str = "auto",
     run_id: Any = None,
+    schedule: str | None = None,
+    timezone: str | None = None,
+    catch_up: str = "latest",
 ) -> Any:
     """``agentflow.workflow`` for plain ``def`` functions. After its ``timeout`` the function ends at its next step."""
     options = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
+    options |= {"schedule": schedule, "timezone": timezone, "catch_up": catch_up}
     options |= {"blocking": True, "kind": Workflow}
     if callable(name):
         return flow.define(name, None, **options)

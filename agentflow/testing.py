@@ -212,6 +212,8 @@ class FakeModel:
             return httpx2.Response(status, text=body) if isinstance(body, str) else httpx2.Response(status, json=body)
         if request.method == "GET":
             return self._look(path.rpartition("/")[2])
+        if path.endswith("/cancel"):
+            return self._cancel(path.split("/")[-2])
         asked = request_of(path, json.loads(content))
         try:
             status, headers, body = await self._reply(asked)
@@ -261,6 +263,13 @@ class FakeModel:
             return httpx2.Response(200, json=body)
         flight[1] = left and left - 1
         return httpx2.Response(200, json={**body, "status": "in_progress", "output": [], "usage": None})
+
+    def _cancel(self, ident: str) -> Any:
+        """A call in the background that is cancelled; one that has ended stays as it is."""
+        flight = self._flights.get(ident)
+        if flight is not None and flight[1] != 0:
+            flight[:] = [{**flight[0], "status": "cancelled", "output": [], "usage": None}, 0]
+        return self._look(ident)
 
     async def _batch(self, request: Any, content: bytes) -> tuple[int, Any] | None:
         """The answer to a request about batches, each request inside one answered by a reply of its own."""

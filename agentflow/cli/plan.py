@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from agentflow import codec, rundocs
-from agentflow.cli import load, output
+from agentflow import codec, loading, rundocs
+from agentflow.cli import output
 from agentflow.errors import RunNotFound, UsageError
 from agentflow.scratch import open_journal
 
@@ -19,7 +19,7 @@ JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 def plan(
     workflow: Annotated[
-        str, typer.Argument(metavar="MODULE:ATTRIBUTE", help="The workflow, such as app:triage or app.py:triage.")
+        str, typer.Argument(metavar="MODULE:ATTRIBUTE", help="The workflow: app:triage, app.py:triage.")
     ],
     input: Annotated[
         str | None,
@@ -32,7 +32,7 @@ def plan(
 
     Imports the module named, runs the workflow's function against the records, and spends nothing.
     """
-    flow = load.workflow(workflow)
+    flow = loading.workflow(workflow)
     if run is not None:
         if input is not None:
             raise UsageError("--run has its own input. Leave out --input, or --run.")
@@ -41,7 +41,7 @@ def plan(
         flow, arguments = _taken_up(flow, run)
     else:
         arguments = _arguments(flow, input)
-    with load.looking():
+    with loading.looking():
         planned = flow.plan(**arguments)
         found = asyncio.run(planned) if inspect.isawaitable(planned) else planned
     if not json:

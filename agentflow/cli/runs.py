@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +31,7 @@ RUN = Annotated[
 OTHER = Annotated[str, typer.Argument(metavar="OTHER", help="The run to compare with.", autocompletion=complete_run)]
 MODULE = Annotated[
     str | None,
-    typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: app:flow for the workflow in app.py."),
+    typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: app:flow, app.py:flow or app."),
 ]
 FROM = Annotated[str | None, typer.Option("--from", metavar="STEP", help="Name or id of the first step to do anew.")]
 RESULT = Annotated[
@@ -76,6 +78,7 @@ def show(run_id: RUN, json: JSON = False) -> None:
             ("workflow", run.workflow),
             ("status", run.status),
             ("fork of", run.parent and run.parent + (f", from {run.forked_at} on" if run.forked_at else "")),
+            ("tick", output.when(run.tick)),
             ("started", output.when(run.started_at)),
             ("took", None if took is None else words(took)),
             ("paid", f"{money(run.cost)}, saved {money(run.saved)}"),
@@ -233,7 +236,8 @@ def _go_on(run: Run, module: str | None, json: bool, *, needed: bool = True) -> 
         return _told(run, json)
     with_code = _with_code(run, module)
     try:
-        with_code.run_sync()
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not the data
+            with_code.run_sync()
     except (RunBusy, JournalError, RunCancelled, BudgetExceeded):
         raise
     except Exception as error:
@@ -327,7 +331,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 def full(run: Run) -> dict[str, Any]:
     """One run in the JSON of ``runs show``, and of the commands that go on with one."""
-    more = {name: getattr(run, name) for name in ("parent", "forked_at", "input", "output")}
+    more = {name: getattr(run, name) for name in ("parent", "forked_at", "tick", "input", "output")}
     return summary(run) | more | {"steps": [step(each) for each in run.steps]}
 
 
