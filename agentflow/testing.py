@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from agentflow.crashes import crash_points
     from agentflow.histories import export_history, replay_histories
     from agentflow.people import FakePeople, Reject
-    from agentflow.recordings import NotRecorded, Recording, export_recording
+    from agentflow.recordings import NotRecorded, Recording
+    from agentflow.replies import export_recording
 
 __all__ = [
     "Billed",
@@ -55,7 +56,7 @@ _HOME = {
     "Reject": "people",
     "crash_points": "crashes",
     "export_history": "histories",
-    "export_recording": "recordings",
+    "export_recording": "replies",
     "replay_histories": "histories",
 }
 

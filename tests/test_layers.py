@@ -37,7 +37,7 @@ LAYERS = [
     {"control", "events"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
     {"agent"},
-    {"aicall", "export", "upkeep"},
+    {"aicall", "export", "replies", "upkeep"},
     {"embeddings", "handles"},
     {"opening"},
     {"closing"},
