@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from agentflow.background import ENDED
 from agentflow.batchserver import BatchServer
 from agentflow.errors import UsageError
 from agentflow.providers import streams
@@ -122,10 +123,34 @@ class Recording:
         call = self._take(endpoint, body)
         if call is not None:
             return _response(call, body, streamed)
+        flight = self._flight(endpoint)
+        if flight is not None and flight["reply"].get("status") in ENDED:
+            return _response(flight, body, streamed)
         if self.mode == "none":
             self.missing.append(self._not_found(endpoint, body))
             raise NotRecorded(self.missing[-1])
+        if flight is not None:
+            return await self._look(request, flight)
         return await self._record(request, endpoint, body, streamed)
+
+    def _flight(self, endpoint: str) -> dict[str, Any] | None:
+        """The recorded call in the background that a request looks at."""
+        ident = endpoint.removeprefix("GET responses/") if endpoint.startswith("GET responses/") else ""
+        replies = [call for call in self.calls if ident and isinstance(call["reply"], dict)]
+        return next((call for call in replies[::-1] if call["reply"].get("id") == ident), None)
+
+    async def _look(self, request: Any, flight: dict[str, Any]) -> Any:
+        """Asks for a call in the background; once it has ended its reply is that of the request that submitted it."""
+        import httpx2
+
+        async with httpx2.AsyncClient(follow_redirects=True) as client:
+            answer = await client.send(request)
+        found = _content(answer, "responses") if answer.status_code == 200 else None
+        if isinstance(found, dict) and found.get("status") in ENDED:
+            flight["reply"] = redact_value(found)
+            self._write()
+            return _response(flight, {}, False)
+        return _passed_on(answer)
 
     def _take(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """The recorded call that answers a request, used up with this."""
@@ -192,8 +217,7 @@ class Recording:
             answer = await client.send(request)
         content = _content(answer, endpoint)
         if answer.status_code >= 400 or content is None:
-            kept = [(k, v) for k, v in answer.headers.items() if k not in ("content-encoding", "content-length")]
-            return httpx2.Response(answer.status_code, headers=kept, content=answer.content)
+            return _passed_on(answer)
         call = {
             "provider": provider,
             "endpoint": endpoint,
@@ -247,6 +271,14 @@ class Recording:
 
 def _key(endpoint: str, body: dict[str, Any]) -> str:
     return endpoint + json.dumps(plain_request(body), sort_keys=True, ensure_ascii=False)
+
+
+def _passed_on(answer: Any) -> Any:
+    """An answer as it came, without what it was wrapped in."""
+    import httpx2
+
+    kept = [(k, v) for k, v in answer.headers.items() if k not in ("content-encoding", "content-length")]
+    return httpx2.Response(answer.status_code, headers=kept, content=answer.content)
 
 
 def _with_body(request: Any, body: dict[str, Any]) -> Any:

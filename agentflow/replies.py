@@ -74,7 +74,8 @@ def write(path: Path, calls: list[dict[str, Any]]) -> None:
 
 def plain_request(body: dict[str, Any]) -> dict[str, Any]:
     """A request as it is written: what is asked, not how the answer travels; secrets masked, files by their digests."""
-    kept = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    travels = ["stream", "stream_options", *(("background", "store") if body.get("background") else ())]
+    kept = {name: value for name, value in body.items() if name not in travels}
     made: dict[str, Any] = redact_value(shortened(kept))
     return made
 
