@@ -172,6 +172,14 @@ class FakeModel:
         if kind is None:
             self.check()
 
+    def start(self) -> FakeModel:
+        """Answer from here on until ``stop()``, where a ``with`` block cannot stand: in the cells of a notebook."""
+        return self.__enter__()
+
+    def stop(self) -> None:
+        """Undo ``start()``: calls go where they went before. ``check()`` tells whether they were those expected."""
+        use_transport(self._before)
+
     def check(self) -> None:
         """Fail if a call came that no reply was given for, or a reply was given that no call came for.
 
