@@ -115,9 +115,14 @@ def _sweep(root: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
+def _forget(folder: Path) -> None:
+    """Close the journals there: each holds files open, and a long session has many tests."""
     if "agentflow.scratch" in sys.modules:
         sys.modules["agentflow.scratch"].forget(folder)
+
+
+def _remove(folder: Path) -> None:
+    _forget(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -173,6 +178,9 @@ def _agentflow(request: pytest.FixtureRequest) -> Iterator[None]:
     set_environment(before)
     if folder.exists():
         _remove(folder)
+    own = getattr(request.node, "funcargs", {}).get("tmp_path")
+    if own is not None:
+        _forget(own)
 
 
 def _recording(item: pytest.Item) -> Recording | None:
@@ -262,11 +270,22 @@ def fake_model() -> Iterator[Callable[..., FakeModel]]:
 
 
 @pytest.fixture
-def fake_people() -> type[FakePeople]:
-    """``people = fake_people({"approve": True})``; ``people.run(workflow, ...)`` answers whoever is asked."""
+def fake_people() -> Iterator[Callable[..., FakePeople]]:
+    """``people = fake_people({"approve": True})``; ``people.run(workflow, ...)`` answers whoever is asked.
+
+    ``events={"paid": {"order": 7}}`` scripts what runs wait for; one that is not received fails the test at its end.
+    """
     from agentflow.people import FakePeople
 
-    return FakePeople
+    made: list[FakePeople] = []
+
+    def start(*args: Any, **options: Any) -> FakePeople:
+        made.append(FakePeople(*args, **options))
+        return made[-1]
+
+    yield start
+    for people in made:
+        people.check()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from agentflow.clock import FakeClock
     from agentflow.crashes import crash_points
     from agentflow.histories import export_history, replay_histories
-    from agentflow.people import FakePeople, Reject
+    from agentflow.people import FakePeople, Reject, event
     from agentflow.recordings import NotRecorded, Recording
     from agentflow.replies import export_recording
 
@@ -38,6 +38,7 @@ __all__ = [
     "ToolCall",
     "When",
     "crash_points",
+    "event",
     "export_history",
     "export_recording",
     "replay_histories",
@@ -55,6 +56,7 @@ _HOME = {
     "Recording": "recordings",
     "Reject": "people",
     "crash_points": "crashes",
+    "event": "people",
     "export_history": "histories",
     "export_recording": "replies",
     "replay_histories": "histories",
