@@ -90,13 +90,11 @@ def test_the_prompt_file_of_the_readme_is_one_whatever_classes_agentflow_has_its
     (text,) = re.findall(r"^```\n(---\n.*?)^```$", README, re.DOTALL | re.MULTILINE)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "sort.md").write_text(text)
+    (tmp_path / "tickets.py").write_text("import pydantic\nclass Ticket(pydantic.BaseModel):\n    team: str\n")
     program = """
-        from pydantic import BaseModel
+        from tickets import Ticket
         from agentflow.sync import generate_content
         from agentflow.testing import FakeModel
-
-        class Ticket(BaseModel):
-            team: str
 
         with FakeModel([{"team": "billing"}, {"team": "sales"}]) as model:
             for message in ("Where is my money?", "I want ten."):
