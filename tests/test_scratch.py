@@ -272,6 +272,21 @@ async def test_the_same_call_in_another_spelling_is_not_charged_twice(again: Cal
     assert len(charged) == 2
 
 
+def test_no_run_can_have_the_id_under_which_the_steps_outside_workflows_are_kept() -> None:
+    @agentflow.workflow
+    async def flow(ctx: Any, n: int) -> int:
+        return n
+
+    @agentflow.workflow("named", run_id=lambda n: "scratch")
+    async def named(ctx: Any, n: int) -> int:
+        return n
+
+    for run in (flow.options(run_id="scratch"), flow.options(run_id="scratch", fresh=True), named):
+        with pytest.raises(agentflow.UsageError, match="outside workflows"):
+            run.run_sync(1)
+    assert runs.list() == []
+
+
 # -- cells of a notebook -------------------------------------------------------------------------
 
 
