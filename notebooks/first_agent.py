@@ -26,9 +26,8 @@
 from pathlib import Path
 
 from agentflow import Waiting, configure, generate_content, human_task, step, tasks, workflow
+from agentflow.ledger import set_price
 from agentflow.testing import FakeModel
-
-configure(model="openai:gpt-5-mini")
 
 # %% [markdown]
 # ## A model that costs nothing
@@ -36,9 +35,11 @@ configure(model="openai:gpt-5-mini")
 # So that this notebook runs without a key and without a network, a *scripted* model answers: a dict from words in the
 # question to the reply. Everything else is real, the provider's own client included.
 #
-# To ask the real model, set `OPENAI_API_KEY` and put a `#` before the line with `.start()`. Nothing else changes.
+# To ask a real model, set `OPENAI_API_KEY`, write `REAL = True`, and restart the kernel. Nothing else changes.
 
 # %%
+REAL = False
+
 scripted = FakeModel(
     {
         "three words": "Nothing is lost.",
@@ -48,7 +49,12 @@ scripted = FakeModel(
         "a subject line": "Your order 1042",
     }
 )
-scripted.start()
+if REAL:
+    configure(model="openai:gpt-5-mini")
+else:
+    scripted.start()
+    configure(model="openai:scripted")
+    set_price("scripted", input="0.25", output="2")  # dollars for a million tokens, so that there is a bill
 
 # %% [markdown]
 # ## One question
@@ -169,7 +175,8 @@ recording.unlink(missing_ok=True)  # an older one is never written over
 print(run.export(recording, recording=True), "holds what", run.id, "was told")
 
 # %% [markdown]
-# A test plays it without a model and without a network. Move the workflow into a file `letters.py` and write beside it:
+# A test plays it without a model and without a network. Move the workflow into a file `letters.py`, with the
+# `configure(model=...)` that it ran under, and write beside it:
 #
 # ```python
 # import pytest

@@ -10,8 +10,9 @@ from typing import Any
 import pydantic
 import pytest
 
-from agentflow import generate_content, parallel, workflow
+from agentflow import generate_content, parallel, sync, workflow
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
+from agentflow.providers.common import transport
 from agentflow.testing import FakeModel, when
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
@@ -121,3 +122,14 @@ def test_wrong_scripts_are_refused_at_once() -> None:
         when(3, "x")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="times=0"):
         when("x", "y", times=0)
+
+
+def test_it_can_be_started_and_stopped_in_cells_any_number_of_times() -> None:
+    model = FakeModel({"Hi": "Hello!"})
+    model.stop()  # of one that was not started means nothing
+    for _ in range(3):
+        assert model.start() is model
+    assert sync.generate_content("Hi", model="openai:gpt-5-mini") == "Hello!"
+    model.stop()
+    model.stop()
+    assert transport() is None and len(model.calls) == 1

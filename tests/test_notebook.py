@@ -63,10 +63,11 @@ class Notebook:
         self.folder = folder
         self.cells = list(CELLS)
         (folder / "pyproject.toml").touch()
+        self.env: dict[str, str] = {}
         self.kernel: Kernel | None = None
 
     def open(self) -> None:
-        self.kernel = Kernel(self.folder)
+        self.kernel = Kernel(self.folder, self.env)
         self.kernel.run(COUNTED)
 
     def kill(self) -> None:
@@ -127,10 +128,18 @@ def test_the_notebook_and_its_text_agree_and_hold_no_outputs() -> None:
     assert PAIR[0].read_text(encoding="utf-8") == jupytext.writes(notebook, fmt="ipynb").rstrip("\n") + "\n"
 
 
-def test_the_notebook_can_ask_the_real_model_by_one_line() -> None:
-    assert [line for line in CELLS[SCRIPT].splitlines() if ".start()" in line] == ["scripted.start()"]
-    others = "\n".join(cell for number, cell in enumerate(CELLS) if number != SCRIPT)
-    assert "scripted" not in others.replace("len(scripted.calls)", "")
+def test_by_one_word_it_asks_the_real_model_also_where_scripted_answers_are_on_record(notebook: Notebook, loopback: Any) -> None:
+    notebook.run_all()
+    notebook.kill()
+    assert [line for line in "\n".join(CELLS).splitlines() if "REAL =" in line] == ["REAL = False"]
+    notebook.cells[SCRIPT] = CELLS[SCRIPT].replace("REAL = False", "REAL = True")
+    server = loopback()
+    notebook.env = server.environment
+    shown = notebook.run_all()
+    assert sorted(notebook.asked) == ALL, "the scripted model was asked before, and is not any more"
+    assert sorted(event["text"].splitlines()[0] for event in server.arrived) == ALL
+    assert {body["model"] for body in server.bodies} == {"gpt-5-mini"}
+    assert shown[GO_ON].printed.startswith("sent: answer to ")
 
 
 # -- from the first cell to the last, and again -----------------------------------------------------------
@@ -224,7 +233,7 @@ def test_the_recording_that_it_exports_is_played_by_a_test_as_the_notebook_says(
     outside = tmp_path / "outside"
     outside.mkdir()
     project = Project(outside)
-    letters = "from agentflow import configure, generate_content, workflow\nconfigure(model='openai:gpt-5-mini')\n"
+    letters = "from agentflow import configure, generate_content, workflow\nconfigure(model='openai:scripted')\n"
     project.write("letters.py", letters + CELLS[EDITED].partition("\n\n\nprint(")[0] + "\n")
     letter: Any = next(line for line in CELLS[CHAIN].splitlines() if line.startswith("letter = "))
     said = "".join(json.loads(PAIR[0].read_text())["cells"][-1]["source"])
