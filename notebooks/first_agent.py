@@ -19,9 +19,9 @@
 # You ask a model to read a letter, write an answer and find a subject line. You change a prompt, approve the answer,
 # and keep what the model said for a test.
 #
-# Everything that finishes is recorded beside your project, in `.agentflow/`. So run cells again, in any order, and restart
-# the kernel whenever you like: **no answer is paid for twice.** (A call that was cut off has brought no answer yet; it is
-# made again.) Try it as you read.
+# Everything that finishes is recorded beside your project, in `.agentflow/`. So run cells again, in any order, and
+# restart the kernel whenever you like: **no answer is paid for twice.** (A call that was cut off has brought no answer
+# yet; it is made again.) Try it as you read.
 
 # %%
 from pathlib import Path
@@ -62,8 +62,8 @@ else:
 #
 # `generate_content` asks a model. In a notebook you can simply `await` it.
 #
-# *Look at* the number below the answer: it counts the calls that the scripted model has got since it was started. Run the
-# cell again, and it stays as it is.
+# *Look at* the number below the answer: it counts the calls that the scripted model has got since it was started. Run
+# the cell again, and it stays as it is.
 
 # %%
 print(await generate_content("Describe a good notebook in three words."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from decimal import Decimal
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from agentflow import generate_content, parallel, sync, workflow
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.providers.common import transport
-from agentflow.testing import FakeModel, when
+from agentflow.testing import FakeModel, ToolCall, reply_body, when
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
 each_model = pytest.mark.parametrize("model", MODELS)
@@ -112,6 +113,44 @@ def test_calls_say_what_was_asked_and_answered_and_what_was_billed(model: str) -
     first = fake.billed[0]
     assert first.request is fake.calls[0] and first.usage.input_tokens > 0 and first.usage.output_tokens > 0
     assert isinstance(first.cost, Decimal) and first.cost > 0
+
+
+
+class Town(pydantic.BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_reply_comes_to_the_caller_as_a_providers_would(model: str) -> None:
+    def ask(reply: Any, **options: Any) -> Any:
+        with FakeModel(reply if isinstance(reply, list) else [reply]):
+            return sync.generate_content(f"Hi {next(numbers)}", model=model, **options)
+
+    numbers = itertools.count()
+
+    async def later(request: Any) -> str:
+        return f"later: {request['text'][:2]}"
+
+    def double(n: int) -> int:
+        """Twice a number."""
+        return 2 * n
+
+    once = {"max_attempts": 1}
+    assert ask("text") == "text"
+    assert ask(Town(name="Rome"), output_type=Town) == ask({"name": "Rome"}, output_type=Town) == Town(name="Rome")
+    assert ask([[1, 2]], output_type=list[int]) == [1, 2]
+    assert ask([ToolCall("double", n=4), "It is 8."], tools=[double]) == "It is 8."
+    assert ask([["Let me see.", ToolCall("double", n=4)], "8"], tools=[double]) == "8"
+    assert ask(lambda request: reply_body(request, "raw")) == "raw"
+    assert ask(later) == "later: Hi"
+    for reply, error in ((Refused("no"), Refused), (Truncated("so f"), Truncated), (ContentFiltered("so"), (ContentFiltered, Refused))):
+        with pytest.raises(error) as caught:
+            ask(reply)
+        assert caught.value.reply.usage.output_tokens > 0
+    for reply, status in ((429, 429), (ModelError("no money", status=402, code="insufficient_quota"), 402), (ConnectionError("gone"), None), (TimeoutError(), None)):
+        with pytest.raises(ModelError) as failed:
+            ask(reply, retry=once)
+        assert failed.value.status == status
 
 
 def test_wrong_scripts_are_refused_at_once() -> None:
