@@ -175,7 +175,7 @@ class Recording:
         for number in range(self._old, len(self.calls)):
             call = self.calls[number]
             texts = call["request"].get("input")
-            if call["endpoint"] != "embeddings" or not isinstance(texts, list):
+            if call["endpoint"] != "embeddings" or call["status"] != 200 or not isinstance(texts, list):
                 continue
             if _key("embeddings", {**call["request"], "input": []}) == kind:
                 entries = call["reply"]["data"]
@@ -187,19 +187,26 @@ class Recording:
         """The answer to a request about batches; each request inside one is a call like any other."""
         method, path = request.method, request.url.path
         replies: dict[str, tuple[int, dict[str, Any]]] = {}
-        for custom_id, address, body in self._batches.requests(method, path, content):
-            endpoint = _endpoint("POST", address)
-            call = self._take(endpoint, body)
-            if call is not None:
-                replies[custom_id] = call["status"], call["reply"]
-            elif self.mode == "none":
-                self.missing.append(self._not_found(endpoint, body))
-                raise NotRecorded(self.missing[-1])
-            else:
-                answer = await self._record(_alone(request, endpoint, body), endpoint, body, False)
-                replies[custom_id] = answer.status_code, json.loads(answer.content)
+        used = set(self._used)
+        try:
+            for custom_id, address, body in self._batches.requests(method, path, content):
+                replies[custom_id] = await self._one_of_batch(request, _endpoint("POST", address), body)
+        except BaseException:
+            self._used = used  # nobody got them: who hands the batch over again finds all that is recorded by now
+            raise
         kind = request.headers.get("content-type", "")
         return self._batches.handle(method, path, kind, content, lambda custom_id, *_: replies[custom_id])
+
+    async def _one_of_batch(self, request: Any, endpoint: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        call = self._take(endpoint, body)
+        if call is not None:
+            return call["status"], call["reply"]
+        if self.mode == "none":
+            self.missing.append(self._not_found(endpoint, body))
+            raise NotRecorded(self.missing[-1])
+        answer = await self._record(_alone(request, endpoint, body), endpoint, body, False)
+        found = _content(answer, endpoint)
+        return answer.status_code, found if isinstance(found, dict) else {"error": {"message": answer.text}}
 
     async def _record(self, request: Any, endpoint: str, body: dict[str, Any], streamed: bool) -> Any:
         import httpx2

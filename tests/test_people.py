@@ -122,8 +122,8 @@ def test_crash_points_are_survived_with_people_and_events() -> None:
         decision = await human_task("approve", data=number)
         return await step("ship", lambda: f"ship {number} {decision.by}")
 
-    people = FakePeople({"": True}, events={"paid": 7}, by="grace")
-    assert crash_points(crashing, people=people).value == "ship 7 grace"
+    with FakePeople({"": True}, events={"paid": 7}, by="grace") as people:
+        assert crash_points(crashing, people=people).value == "ship 7 grace"
 
 
 def test_the_fixture_fails_a_test_whose_events_were_not_received(tmp_path: Path) -> None:

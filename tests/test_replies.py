@@ -329,6 +329,26 @@ def test_what_a_batch_asks_is_recorded_by_single_calls(tmp_path: Path, model: st
     assert played(live.options(wait=True), tmp_path / "live.json") == right
 
 
+def test_a_batch_that_breaks_off_while_it_is_recorded_asks_only_for_the_rest_again(tmp_path: Path, loopback: Any) -> None:
+    server = loopback(None, "reset", {"status": 503, "body": "<html>busy</html>"})
+
+    @workflow("breaks-off")
+    async def breaks_off(ctx, retry: bool = True) -> list[str]:
+        once = {"max_attempts": 2 if retry else 1, "initial_delay": 0.001}
+        return await parallel([generate_content(f"Label {n}", model=OPENAI, batch=True, retry=once) for n in range(4)])
+
+    with Recording(tmp_path / "x.json", "once"):
+        for _ in range(5):
+            try:
+                right = breaks_off.options(wait=True).run_sync()
+                break
+            except ModelError:
+                continue
+    answered = [event["n"] for event in server.answered if event["status"] == 200]
+    assert len(answered) == len(calls_of(tmp_path / "x.json")) == 4, "each is paid for once"
+    assert played(breaks_off.options(wait=True), tmp_path / "x.json") == right
+
+
 def test_a_call_in_the_background_is_exported_and_played(tmp_path: Path) -> None:
     @workflow("long")
     async def long(ctx) -> list[Any]:
