@@ -110,6 +110,11 @@ def _send(txn: Txn, name: str, target: str, payload: str) -> None:
             txn.put(rundocs.wake_key(row["run"]), row["run"])
 
 
+def not_received(name: str) -> list[str]:
+    """The encoded payloads of the events of a name that were sent and that no wait has received yet."""
+    return [orjson.loads(text)["payload"] for _, text in open_journal().scan(f"ev/{in_key(name)}/")]
+
+
 def _check_name(name: Any, what: str) -> None:
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f'{what}({name!r}): an event has a name, such as "paid".')

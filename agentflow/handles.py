@@ -240,7 +240,7 @@ class Run:
         costs = {self.id: self.cost, other.id: other.cost}
         return rundiff.diff(self._journal, self._document, other._document, lambda document: costs[document["id"]])
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
+    def export(self, path: str | os.PathLike[str], *, recording: bool = False) -> Path:
         """Write the run to one file: JSON, or with the ending ``.html`` a page that needs nothing else.
 
         It holds inputs, outputs, prompts, replies and decisions; known key patterns and what ``configure(redact=)``
@@ -248,12 +248,17 @@ class Run:
 
         Args:
             path: the file. Its directory has to exist.
+            recording: True writes what models were asked and answered, and nothing else, for a test marked
+                ``recorded`` to play; see ``agentflow.testing.export_recording``. The file must not exist yet.
 
         Returns:
             The file's path.
         """
-        from agentflow import export
+        from agentflow import export, replies
 
+        if recording:
+            replies.export_recording(self.id, path, journal=self._journal)
+            return Path(path).expanduser()
         return export.export(self._journal, self._document, self.summary(), path)
 
     def as_tree(self) -> dict[str, Any]:

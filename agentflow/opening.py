@@ -91,6 +91,8 @@ def locate(flow: Definition, journal: Journal, arguments: dict[str, Any]) -> tup
         run_id = _own_id(flow, arguments)
         if not isinstance(run_id, str) or not run_id:
             raise UsageError(f"workflow {flow.name!r}: run_id= gave {run_id!r}; it has to give non-empty text.")
+    if run_id == "scratch":
+        raise UsageError("run_id 'scratch' names what stands outside workflows, whose records are kept under it.")
     if run_id is not None and flow.options.fresh:
         return None, _next_id(journal, run_id)
     if run_id is not None:

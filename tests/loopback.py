@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 from agentflow.batchserver import BatchServer
 from agentflow.models import Request
 from agentflow.providers.common import digest
-from agentflow.testing import ToolCall, reply_body, request_of, sse
+from agentflow.testing import FakeModel, ToolCall, reply_body, request_of, sse
 
 
 def answer_to(text: str) -> str:
@@ -275,6 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "reset":
             self._reset()
+        elif fault is None and address.path.endswith("/embeddings"):
+            self._send(number, asked, 200, {}, FakeModel([])._embedded(body), None)
         elif fault is None or "text" in fault:
             if fault is None and server.turns is not None:
                 whole: Any = _turn(asked, server.turns)

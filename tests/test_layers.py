@@ -37,7 +37,7 @@ LAYERS = [
     {"control", "events", "leftover"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
     {"agent"},
-    {"aicall", "export", "terminal", "upkeep"},
+    {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
     {"opening"},
     {"closing"},

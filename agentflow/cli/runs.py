@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from agentflow import runs
+from agentflow import replies, runs
 from agentflow.cli import output
 from agentflow.cli.complete import complete_run
 from agentflow.cli.watch import follow, waits
@@ -163,12 +163,33 @@ def export(
     path: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="The file; .html makes a page. None: JSON on stdout.")
     ] = None,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what models were asked and answered, for tests marked recorded. The run may be `scratch`: "
+            "all that cells of notebooks and lines of scripts asked outside workflows.",
+        ),
+    ] = None,
+    json: JSON = False,
 ) -> None:
-    """One run in one file, JSON or a page, without secrets."""
-    run = _found(run_id)
-    if path is None:
-        return output.data(run.as_tree())
-    output.words(f"{run.id} written to {run.export(path)}.")
+    """One run in one file, JSON or a page, without secrets; or its model calls as a recording for tests."""
+    if run_id == replies.SCRATCH and (recording is None or path is not None):
+        raise UsageError("what stands outside workflows is exported as a recording only: --recording FILE.")
+    run = _found(run_id) if run_id != replies.SCRATCH else None
+    if run is not None and path is not None:
+        output.words(f"{run.id} written to {run.export(path)}.")
+    if recording is not None:
+        if not output.has_journal():
+            raise RunNotFound("nothing was asked here outside workflows.")
+        known = run_id if run is None else run.id
+        count = replies.export_recording(known, recording)
+        if json:
+            return output.data({"run": known, "recording": str(recording), "calls": count})
+        calls = "1 model call" if count == 1 else f"{count} model calls"
+        return output.words(f"{calls} of {known} written to {recording}.")
+    if run is not None and path is None:
+        output.data(run.as_tree())
 
 
 @app.command()
