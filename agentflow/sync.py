@@ -238,7 +238,7 @@ def _fan_out(
 parallel = _Parallel()
 
 __all__ = [
-    "Context", "Decision", "Escalate", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step", "embed",
-    "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
+    "Context", "Decision", "Escalate", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
+    "embed", "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
     "send_event", "step", "tasks", "tool", "workflow",
 ]  # fmt: skip
