@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from agentflow import agent, aicall, flow, human, runs, steps, tasks
+from agentflow import agent, aicall, embeddings, flow, human, runs, steps, tasks
 from agentflow.blocking import count_going, drive_blocking, leave, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
@@ -72,6 +72,14 @@ def _perform(script: agent.Script) -> Any:
 
 generate_content.__agentflow_model_call__ = True  # type: ignore[attr-defined]
 generateContent = generate_content
+
+
+def embed(texts: Any, **options: Any) -> Any:
+    """``agentflow.embed`` for plain code: returns the vectors."""
+    return drive_blocking(embeddings.embed(texts, **options))
+
+
+embed.__agentflow_model_call__ = True  # type: ignore[attr-defined]
 
 
 def human_task(
@@ -239,6 +247,6 @@ parallel = _Parallel()
 
 __all__ = [
     "Context", "Decision", "Escalate", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
-    "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
+    "embed", "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
     "send_event", "step", "tasks", "tool", "workflow",
 ]  # fmt: skip

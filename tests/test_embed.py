@@ -12,7 +12,7 @@ import sys
 import httpx2
 import pytest
 
-from agentflow import ModelError, UsageError, embed, parallel, workflow
+from agentflow import ModelError, UsageError, embed, parallel, sync, workflow
 from agentflow.providers.common import use_transport
 from agentflow.testing import FakeModel
 
@@ -184,3 +184,15 @@ def test_no_texts_send_nothing():
     with FakeModel([]) as model:
         assert index.run_sync([]) == []
     assert not model.embedded
+
+
+def test_plain_code_embeds_in_a_workflow_and_outside():
+    @sync.workflow("plain-index")
+    def plain(ctx, texts):
+        return sync.parallel([lambda: sync.embed(texts, model=MODEL), lambda: sync.embed(texts, model=MODEL)])
+
+    with FakeModel([]) as model:
+        one, other = plain.run(["a", "b"])
+        assert one == other == sync.embed(["a", "b"], model=MODEL) == plain.run(["a", "b"])[0]
+        assert len(sync.embed(["c"], model=MODEL, dimensions=3)[0]) == 3
+    assert model.embedded == [["a", "b"], ["c"]]
