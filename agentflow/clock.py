@@ -18,8 +18,8 @@ _START = datetime(2026, 1, 1, 9, tzinfo=UTC)
 class FakeClock:
     """The time that runs go by while this is entered: it stands still until it is moved.
 
-    ``ctx.now()``, ``ctx.sleep``, deadlines of tasks and ``max_age`` read it. Where nothing in a run can go on but
-    a wait, the clock moves to its end by itself if that is 60 s away or less (or the run was told to stay, with
+    ``ctx.now()``, ``ctx.sleep``, deadlines of tasks, schedules and ``max_age`` read it. Where nothing in a run can go
+    on but a wait, the clock moves to its end by itself if that is 60 s away or less (or the run was told to stay, with
     ``.options(wait=True)``); otherwise the run is suspended, and ``advance`` is what lets it go on.
     Timeouts of attempts and pauses between attempts are real time: they guard against what really happens.
 

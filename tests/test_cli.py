@@ -100,7 +100,7 @@ def test_runs_show_has_each_step_with_status_attempts_duration_model_and_cost(cl
     fails()
     run_id = tasks.get(waiting).run_id
     shown = json.loads(cli("runs", "show", run_id, "--json")[1])
-    assert RUN_FIELDS | {"parent", "forked_at", "input", "output", "error", "steps"} == set(shown)
+    assert RUN_FIELDS | {"parent", "forked_at", "tick", "input", "output", "error", "steps"} == set(shown)
     assert shown["input"] == "offer"
     draft = shown["steps"][0]
     assert STEP_FIELDS < set(draft)

@@ -180,7 +180,9 @@ def only_task(status: str | None = "open"):
 
 
 def open_tasks(count: int) -> list:
+    late = time.monotonic() + 120
     while len(found := tasks.list()) < count:
+        assert time.monotonic() < late
         time.sleep(0.01)
     return found
 

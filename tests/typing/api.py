@@ -158,6 +158,11 @@ async def bare(ctx: Context, order: Order) -> str:
     return order.id
 
 
+@workflow("weekly", schedule="0 9 * * MON", timezone="Europe/Berlin", catch_up="all")
+async def weekly(ctx: Context, when: datetime) -> str:
+    return when.isoformat()
+
+
 @workflow("process-order", on_change="auto", run_id=lambda order: str(order.id))
 async def process_order(ctx: Context, order: Order, *, urgent: bool = False) -> list[int]:
     return [await step("charge", charge, order)]
