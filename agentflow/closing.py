@@ -215,6 +215,8 @@ def close(opened: Opened, status: str) -> None:
     if status == "completed" and (ex.prior is not None or ex.asked_tasks):
         ops += events.give_back(ex)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
+    if status == "failed" and opened.call is not None:
+        ops.append(opened.call.failed(document))
     if status != "waiting":
         ops.append(Drop(rundocs.wake_key(ex.run_id)))
     assert opened.lease is not None

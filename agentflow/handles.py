@@ -83,7 +83,7 @@ class Run:
     def error(self) -> str | None:
         """Type and message of what failed, else None."""
         error = self._document.get("error")
-        return f"{error['name']}: {error['message']}" if error else None
+        return _in_words(error) if error else None
 
     @property
     def steps(self) -> list[StepRecord]:
@@ -287,6 +287,13 @@ class _Cancelled(Run):
     def __await__(self) -> Generator[Any, Any, Any]:
         return self
         yield  # a generator, which gives the run at once
+
+
+def _in_words(error: dict[str, Any]) -> str:
+    """Type and message; of a group with those of the first failures in it."""
+    text = f"{error['name']}: {error['message']}"
+    inner = "; ".join(map(_in_words, error.get("exceptions", ())[:3]))
+    return f"{text}: {inner}" if inner else text
 
 
 def single(arguments: dict[str, Any]) -> Any:

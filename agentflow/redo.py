@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import orjson
+
 from agentflow import codec, rundocs
 from agentflow.errors import RunCancelled, UsageError
 from agentflow.index import BRANCH, PRED, Row, in_key, short
@@ -57,6 +59,9 @@ def retry(
                 document["retry_upto"] = document["epoch"]
         kept = {name: text for name, text in document.get("results", {}).items() if not _names(rows, gone, name)}
         document["results"] = kept | given
+        if target is not None:  # a child that failed after that step is asked for anew
+            children = journal.scan(f"cf/{in_key(run_id)}/")
+            ops += [Drop(key) for key, text in children if orjson.loads(text)["s1"] > target.head["s1"]]
         for name in _ENDING:
             document.pop(name, None)
         ops += rundocs.write(document, "interrupted")

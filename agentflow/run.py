@@ -403,18 +403,24 @@ class Execution:
             return None
         return "it failed last time"
 
+    def tried_again(self, failure: dict[str, Any]) -> bool:
+        """Whether what failed (it has ``s1`` and ``branch``, as a record's head) is tried again, and not history."""
+        return bool(failure["s1"][0] <= self.retry_upto) and not self._handled(failure)
+
     def retries(self, slot: Slot, n: int) -> bool:
         """Whether a late result may stand in for the failure recorded before it."""
         if self.scratch or n == 0:
             return True
         head = self.records.row(slot, n - 1).head
-        return head["status"] != "failed" or (head["s1"][0] <= self.retry_upto and not self._handled(head))
+        return head["status"] != "failed" or self.tried_again(head)
 
     def _handled(self, head: dict[str, Any]) -> bool:
         """Whether a step of the same or an enclosing branch was started after the failure."""
         if self._starts is None:
             rows = (Row(key, text).head for key, text in self.journal.scan(self.records.prefix) if "!" not in key)
             self._starts = [(row["branch"], row["s0"]) for row in rows if not row.get("late")]
+            children = (orjson.loads(text) for _, text in self.journal.scan(f"cs/{self.key}/"))
+            self._starts += [(child["branch"], child["s0"]) for child in children]
         branch, end = head["branch"], head["s1"]
         return any(
             start > end and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
