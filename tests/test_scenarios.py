@@ -1158,8 +1158,9 @@ def test_histories_of_a_run_replay_with_todays_code_and_a_changed_code_is_found(
     export_history(file)
     replayed = done.copy()
     with FakeModel([]):
-        replay_histories(file.parent)
-    assert done == replayed
+        (history,) = replay_histories(file.parent)
+    assert sorted(history.replayed) == sorted(run.id for run in runs.list())
+    assert done == replayed, "replaying a history called a step"
 
     @workflow("scenario-history")
     async def changed(ctx: Context, n: int) -> list[Any]:
@@ -1168,8 +1169,26 @@ def test_histories_of_a_run_replay_with_todays_code_and_a_changed_code_is_found(
 
     with pytest.raises(AssertionError, match="is not replayed"):
         replay_histories(file.parent)
-    agentflow.flow.workflows["scenario-history"] = with_history
-    assert done == replayed, "replaying a history called a step"
+    workflow("scenario-history", execute=with_history.fn)
+    with FakeModel([]):
+        replay_histories(file.parent)
+
+
+def test_a_history_of_a_version_that_nobody_knows_is_refused_plainly(tmp_path: Path) -> None:
+    """What cannot be read is said to be so, before anything is read from it. (Idea: temporal sdk-python test_replayer)"""
+
+    @workflow("scenario-small")
+    async def small(ctx: Context) -> int:
+        return await step("one", do, 1)
+
+    small.run_sync()
+    file = tmp_path / "histories" / "future.jsonl"
+    export_history(file)
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(head) | {"layout": 99}), *rows]) + "\n")
+    (history,) = replay_histories(file.parent)
+    assert history.replayed == [] and "99" in str(history.refused)
+    assert done == [1]
 
 
 # -- 21: started twice with one id ----------------------------------------------------------------
