@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from agentflow import children, codec, events, human, rundocs
+from agentflow import children, codec, control, events, human, rundocs
 from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.drive import PENDING, Wait, collect
 from agentflow.errors import (
@@ -21,7 +21,7 @@ from agentflow.errors import (
     StepNotAwaited,
     Waiting,
 )
-from agentflow.handles import waiting
+from agentflow.handles import waiting, workflows
 from agentflow.journal import Add, Drop, Put
 from agentflow.opening import Opened, code_digest
 from agentflow.records import moment, money
@@ -61,6 +61,22 @@ def before_undoing(opened: Opened) -> None:
         opened.ex.journal.commit(
             [Put(f"r/{opened.ex.key}", orjson.dumps(opened.document).decode())], fence=opened.ex.fence
         )
+
+
+def children_to_undo(opened: Opened) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Workflow and document of each run inside a cancelled one that is to be undone before it, the last one first."""
+    ex = opened.ex
+    if not opened.document.get("cancelling"):
+        return
+    for child in list(children.children(ex.journal, ex.run_id))[::-1]:
+        document = rundocs.read(ex.journal, child)
+        if document is None or document["status"] in ("completed", "failed", "cancelled"):
+            continue
+        document = control.cancel(ex.journal, child, compensate=True)
+        if (flow := workflows.get(document["workflow"])) is None:
+            ex.warn(f"run {child} is to be undone by a program that defines {document['workflow']!r}")
+        else:
+            yield flow, document
 
 
 def replayed_with_undo(ex: Execution) -> tuple[Call, dict[str, Any]] | None:

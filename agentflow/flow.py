@@ -8,6 +8,7 @@ one commit). A crash anywhere leaves a run whose lease is dead: the next start t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import time
@@ -33,7 +34,7 @@ from agentflow.errors import (
     UsageError,
     Waiting,
 )
-from agentflow.handles import Plan, Run, single, stored_error, workflows
+from agentflow.handles import Plan, Run, run_apart, single, stored_error, workflows
 from agentflow.records import PlanStep
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
@@ -326,6 +327,9 @@ class Workflow(Generic[P, T]):
             ex.closed = ex.suspended = False
             try:
                 closing.before_undoing(opened)
+                for child, document in closing.children_to_undo(opened):
+                    with contextlib.suppress(RunCancelled, Waiting):
+                        await child.again(document)
                 if ex.compensations:
                     await execute(ex, lambda: closing.undo(ex))
             except Suspend:
@@ -401,6 +405,9 @@ class Workflow(Generic[P, T]):
                 raise over from (None if over is error else error)
             try:
                 closing.before_undoing(opened)
+                for child, document in closing.children_to_undo(opened):
+                    with contextlib.suppress(RunCancelled, Waiting):
+                        run_apart(child.again(document))
                 while (inside := closing.replayed_with_undo(ex)) is not None:
                     try:
                         collect_blocking(ex, *inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Coroutine, Generator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,9 +146,7 @@ class Run:
         self._document = control.cancel(self._journal, self.id, compensate=compensate)
         if compensate and self._workflow is not None and self.status != "cancelled":
             with contextlib.suppress(RunCancelled):
-                context = contextvars.copy_context()
-                context.run(here.set, None)
-                context.run(run_coroutine, self._workflow.again(self._document))
+                run_apart(self._workflow.again(self._document))
         return _Cancelled(self._journal, rundocs.find(self._journal, self.id), self._workflow)
 
     @property
@@ -281,6 +279,13 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.status}>"
+
+
+def run_apart(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end from plain code, as if it stood in no run."""
+    context = contextvars.copy_context()
+    context.run(here.set, None)
+    return context.run(run_coroutine, coroutine)
 
 
 class _Cancelled(Run):
