@@ -130,6 +130,7 @@ class StepRecord:
 
     Times are aware UTC datetimes, ``duration`` is in seconds, ``cost`` in dollars (None: unknown or
     no model call). ``replayed`` tells whether this execution reused the record.
+    ``output`` is of a human task its ``Decision``, of a wait for an event the payload, None where the time was over.
     ``in_doubt`` counts the processes that found it started and without a result, and went on with it.
     """
 

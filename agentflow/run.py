@@ -104,7 +104,7 @@ class Execution:
     abandoned: set[Any] = field(default_factory=set)
     records: Records = field(init=False)
     key: str = field(init=False)
-    marks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    marks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tasks: dict[Any, str] = field(default_factory=dict)
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
@@ -577,11 +577,12 @@ class Execution:
             state.sample = facts["sample"]
             state.since = state.since or facts["t0"]
             state.doubts += facts.get("doubt", 0)
-        state.started = self.marks.get(call.occ) == (slot.n + 1, state.failed + 1)
+        *place, times = self.marks.get(call.occ, (0, 0, 0))
+        state.started = place == [slot.n + 1, state.failed + 1]
         if call.options.in_doubt != "rerun":
             row = f"d/{self.key}/{call.occ}.{slot.n + 1}.{state.failed + 1}"
             state.started = self.journal.get(row) is not None
-        state.doubts += state.started
+        state.doubts += max(times, 1) if state.started else 0
         if state.started and call.request is not None:
             # Replies, ids of calls in the background, places in batches.
             places = (f"{row}/{self.key}/{call.occ}/" for row in ("m", "i", "bm"))
@@ -623,7 +624,9 @@ class Execution:
     def load_marks(self) -> None:
         for line in self.journal.marks(self.run_id):
             facts = orjson.loads(line)
-            self.marks[facts["o"]] = (facts["v"], facts.get("a", 0))
+            place = (facts["v"], facts.get("a", 0))
+            *before, times = self.marks.get(facts["o"], (0, 0, 0))
+            self.marks[facts["o"]] = (*place, times + 1 if tuple(before) == place else 1)
 
     def doubt(self, call: Call) -> None:
         self.totals.doubts += 1

@@ -20,6 +20,7 @@ from agentflow import (
     Waiting,
     WorkflowTimeout,
     human_task,
+    parallel,
     runs,
     step,
     sync,
@@ -327,3 +328,47 @@ async def test_person_is_asked_again_when_a_run_is_retried_from_before_the_quest
         await flow.runs()[0].retry(from_step="write")
     tasks.approve(tasks.list()[0].id, by="Bob")
     assert await flow.run() == "Bob"
+
+
+def test_a_cancelled_run_undoes_what_the_runs_inside_it_did_before_its_own_steps() -> None:
+    undone: list[str] = []
+
+    @workflow("inner-plain")
+    async def inner(ctx: Context, name: str) -> None:
+        await step("book", lambda: f"{name} room", compensate=undone.append)
+        await human_task(data=name)
+
+    @workflow("outer-plain")
+    async def outer(ctx: Context) -> None:
+        await step("book", lambda: "flight", compensate=undone.append)
+        await parallel([inner.run("a"), inner.run("b"), human_task(data="outer")])
+
+    with pytest.raises(Waiting):
+        outer.run_sync()
+    (run,) = outer.runs()
+    assert run.cancel(compensate=True).status == "cancelled"
+    assert sorted(undone[:2]) == ["a room", "b room"] and undone[2:] == ["flight"]
+    assert {each.status for each in runs.list()} == {"cancelled"}
+    assert tasks.list() == []
+    assert run.cancel(compensate=True).status == "cancelled" and len(undone) == 3
+
+
+def test_a_cancelled_plain_run_undoes_what_the_plain_runs_inside_it_did() -> None:
+    undone: list[str] = []
+
+    @sync.workflow("inner-of-plain")
+    def inner(ctx: Context, name: str) -> None:
+        sync.step("book", lambda: f"{name} room", compensate=undone.append)
+        sync.human_task(data=name)
+
+    @sync.workflow("outer-of-plain")
+    def outer(ctx: Context) -> None:
+        sync.step("book", lambda: "flight", compensate=undone.append)
+        inner.run("a")
+
+    with pytest.raises(Waiting):
+        outer.run()
+    (run,) = outer.runs()
+    assert run.cancel(compensate=True).status == "cancelled"
+    assert undone == ["a room", "flight"]
+    assert {each.status for each in runs.list()} == {"cancelled"}

@@ -335,22 +335,29 @@ def test_replay_raises_a_handled_failure_again_in_plain_code() -> None:
 
 @pytest.mark.parametrize("status", [400, 401])
 @pytest.mark.parametrize("model_name", [MODEL, CHAT, CLAUDE])
-@pytest.mark.parametrize("retry", [None, Retry(max_attempts=4, **NO_DELAY)], ids=["default", "retry"])
+@pytest.mark.parametrize("how", ["default", "retry", "step"])
 async def test_an_error_that_no_retry_can_cure_is_one_attempt(
-    loopback: Any, status: int, model_name: str, retry: Any
+    loopback: Any, status: int, model_name: str, how: str
 ) -> None:
     """A bad request and a refused key are asked exactly once, and the error says which it was. (Idea: A step/1-16)"""
     server = loopback(*[{"status": status, "body": {"error": {"message": "no", "type": "invalid_request_error"}}}] * 9)
 
+    retry = Retry(max_attempts=4, **NO_DELAY)
+
+    async def inside() -> str:
+        return await generate_content("Hello", model=model_name)
+
     @workflow
     async def ask(ctx: Context) -> str:
-        return await generate_content("Hello", model=model_name, retry=retry)
+        if how == "step":
+            return await step("ask", inside, retry=retry)
+        return await generate_content("Hello", model=model_name, retry=retry if how == "retry" else None)
 
     with pytest.raises(ModelError) as failed:
         await ask.run()
     assert failed.value.status == status and failed.value.attempts == 1  # type: ignore[attr-defined]
     assert len(server.arrived) == 1
-    assert [(each.name, each.status, each.attempts) for each in runs.list()[0].steps] == [("generate_content", "failed", 1)]
+    assert {(each.status, each.attempts) for each in runs.list()[0].steps} == {("failed", 1)}
 
 
 async def test_an_error_that_retry_if_refuses_is_one_attempt() -> None:
@@ -1262,7 +1269,7 @@ async def test_another_workflows_run_id_is_refused() -> None:
 # -- 22: values and errors survive ----------------------------------------------------------------
 
 
-class Order(BaseModel):
+class Purchase(BaseModel):
     number: int
     total: Decimal
 
@@ -1275,7 +1282,7 @@ class Point:
 
 VALUES = [
     None, "", 0, False, [], {}, (1, (2,)), {1, 2}, {"a": None}, b"\x00", Decimal("1.10"), float("inf"),
-    datetime(2026, 1, 2, tzinfo=UTC), Order(number=1, total=Decimal("2.50")), Point(1, (2, 3)), {(1, 2): "pair"}, 2**80,
+    datetime(2026, 1, 2, tzinfo=UTC), Purchase(number=1, total=Decimal("2.50")), Point(1, (2, 3)), {(1, 2): "pair"}, 2**80,
 ]  # fmt: skip
 
 
