@@ -610,13 +610,32 @@ async def test_an_answer_that_arrives_while_the_run_is_suspended_is_not_lost(
     assert done == ["before", "after"]
 
 
+async def test_an_event_that_arrives_while_several_runs_are_suspended_is_delivered_to_one_wait() -> None:
+    """What was sent once is received once; the next one sent goes to the next wait. (Idea: A callback/4-9)"""
+
+    @workflow
+    async def listen(ctx: Context, n: int) -> list[Any]:
+        return [await ctx.wait_for_event("paid"), await ctx.wait_for_event("paid", timeout="1h", default=None)]
+
+    with FakeClock() as clock:
+        for n in (1, 2):
+            await listen.start(n)
+        send_event("paid", "first")
+        assert [(await listen.start(n)).status for n in (1, 2)] == ["waiting"] * 2
+        send_event("paid", "second", run_id=listen.runs()[0].id)
+        assert [(await listen.start(n)).status for n in (1, 2)] == ["waiting"] * 2
+        clock.advance("2h")
+        assert [await listen.run(n) for n in (1, 2)] == [["first", None], ["second", None]]
+
+
 # -- 12: wait times out, handled, late answer -----------------------------------------------------
 
 
 @pytest.mark.parametrize("handled", ["on_timeout", "except"])
 @pytest.mark.parametrize("given_by", ["python", "command line"])
+@pytest.mark.parametrize("first", ["answer", "resume"])
 async def test_an_answer_after_a_handled_timeout_is_refused_and_replay_takes_the_same_branch(
-    handled: str, given_by: str, capsys: pytest.CaptureFixture[str]
+    handled: str, given_by: str, first: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The fallback was taken: a late answer is told so, and changes nothing. (Idea: A callback/4-14, 7-14)"""
 
@@ -639,8 +658,9 @@ async def test_an_answer_after_a_handled_timeout_is_refused_and_replay_takes_the
             await ask.run()
         (task,) = tasks.list()
         clock.advance("2h")
-        with pytest.raises(Waiting):
-            await ask.run()
+        if first == "resume":
+            with pytest.raises(Waiting):
+                await ask.run()
         if given_by == "python":
             with pytest.raises(TaskClosed, match="expired") as refused:
                 tasks.approve(task.id, by="Mia")
@@ -648,9 +668,9 @@ async def test_an_answer_after_a_handled_timeout_is_refused_and_replay_takes_the
         else:
             assert cli(["tasks", "approve", task.id, "--by", "Mia"]) == 1
             assert "expired" in capsys.readouterr().err
-        assert tasks.get(task.id).status == "expired" and tasks.list() == []
         send_event("end")
         assert await ask.run() == "fallback" == await ask.run()
+    assert tasks.get(task.id).status == "expired" and tasks.list() == []
     assert done == ["fallback"]
 
 
