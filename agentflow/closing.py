@@ -17,12 +17,13 @@ from agentflow.errors import (
     BudgetExceeded,
     JournalError,
     LeaseLost,
+    RunCancelled,
     StepFailed,
     StepNotAwaited,
     Waiting,
 )
 from agentflow.handles import waiting, workflows
-from agentflow.journal import Add, Drop, Put
+from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.opening import Opened, code_digest
 from agentflow.records import moment, money
 from agentflow.run import Execution
@@ -236,9 +237,20 @@ def close(opened: Opened, status: str) -> None:
     if status != "waiting":
         ops.append(Drop(rundocs.wake_key(ex.run_id)))
     assert opened.lease is not None
-    opened.lease.release(ops)
+    try:
+        opened.lease.release(ops)
+    except LeaseLost:
+        if not was_cancelled(ex.journal, ex.run_id):
+            raise
+        raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
     if status != "waiting":
         ex.journal.clear_marks(ex.run_id)
+
+
+def was_cancelled(journal: Journal, run_id: str) -> bool:
+    """Whether somebody has ended the run, which takes it from its owner."""
+    document = rundocs.read(journal, run_id)
+    return document is not None and (document["status"] == "cancelled" or bool(document.get("cancelling")))
 
 
 def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
@@ -252,8 +264,7 @@ def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
         ops: list[Any] = [Drop(key) for key in opened.ex.unstarted]
         opened.lease.release(ops + rundocs.write(opened.document, "interrupted") + opened.ex.saved_row())
     except LeaseLost:
-        document = rundocs.read(opened.ex.journal, opened.ex.run_id)
-        if document is not None and (document["status"] == "cancelled" or document.get("cancelling")):
+        if was_cancelled(opened.ex.journal, opened.ex.run_id):
             opened.ex.cancelled = True
             log.warning("%s · was cancelled; nothing more is committed here", opened.ex.run_id)
             return

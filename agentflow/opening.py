@@ -22,6 +22,7 @@ from agentflow.children import note_caller
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
 from agentflow.errors import (
+    LeaseLost,
     RunCancelled,
     UsageError,
 )
@@ -179,6 +180,11 @@ def open_run(
             assert stored is not None
             document, prior = stored, ended_as(stored)
         opened = take_up(flow, journal, document, lease, prior, text, arguments)
+    except LeaseLost:
+        taken = rundocs.read(journal, run_id)
+        if taken is None or not (taken["status"] == "cancelled" or taken.get("cancelling")):
+            raise
+        raise RunCancelled(f"run {run_id} was cancelled.") from None
     except BaseException:
         lease.release()
         raise

@@ -97,6 +97,10 @@ def fork(
             if len(ops) >= _CHUNK:
                 journal.commit(ops, fence=lease.fence)
                 ops = []
+        # What failed inside runs that were asked for before is history of the fork as well.
+        for key, text in journal.scan(f"cf/{in_key(parent)}/"):
+            if target is None or orjson.loads(text)["s1"] < target.head["s0"]:
+                ops.append(Add(f"cf/{in_key(run_id)}/{key.split('/', 2)[2]}", text))
         made: dict[str, Any] = {name: document[name] for name in ("workflow", "epoch", "code") if name in document}
         kept = {name: value for name, value in document.get("results", {}).items() if not _names(rows, left, name)}
         made |= {"id": run_id, "created_at": time.time(), "input": text, "parent": parent, "results": kept | given}

@@ -332,6 +332,23 @@ def test_a_retry_from_a_step_before_it_asks_the_child_anew() -> None:
     assert run.retry(from_step="before").run_sync() == "tea" == again.run_sync()
 
 
+def test_a_fork_has_the_failures_of_children_that_were_handled_before_it() -> None:
+    @workflow("forked")
+    async def forked(ctx: Context) -> list[str]:
+        try:
+            first = await fragile.run("tea")
+        except ConnectionError as error:
+            first = str(error)
+        return [await step("after", work, first), await step("last", work, "last")]
+
+    broken.add("tea")
+    assert forked.run_sync() == ["tea is down", "last"]
+    broken.clear()
+    (run,) = [run for run in runs.list() if run.workflow == "forked"]
+    assert run.fork(from_step="last").run_sync() == ["tea is down", "last"]
+    assert ran == ["tea", "tea is down", "last", "last"]
+
+
 # -- plans ----------------------------------------------------------------------------------------
 
 
