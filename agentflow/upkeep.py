@@ -276,7 +276,7 @@ _NAMES = {
     "worker": "workers", "lease-worker": "leases of workers", "l": "ledger", "lr": "set aside in budgets",
     "ev": "events", "en": "count of events", "w": "waits for events", "wn": "waits for events by name",
     "i": "background calls", "b": "batches", "bm": "calls in batches", "bq": "requests of batches",
-    "be": "errors of batches",
+    "be": "errors of batches", "cs": "starts of runs inside runs", "cf": "failures of runs inside runs",
 }  # fmt: skip
 
 

@@ -687,3 +687,18 @@ async def test_a_plan_as_text_has_each_step_with_its_state_and_the_difference() 
         assert re.search(r"reused +charge", text) and re.search(r"changed +draft", text)
         assert "- Hello" in text and "+ Good morning" in text and plan.dollars is not None
     assert done == [1]
+
+
+@pytest.mark.parametrize("what", ["person", "event", "time"])
+async def test_a_plan_says_that_waiting_costs_nothing(what: str) -> None:
+    @workflow("waits")
+    async def waits(ctx: Context) -> Any:
+        if what == "person":
+            return await human_task(data=1)
+        return await (ctx.wait_for_event("paid") if what == "event" else ctx.sleep("3d"))
+
+    for _ in range(2):
+        plan = await waits.plan()
+        assert [(each.state, each.cost) for each in plan.steps] == [("unknown", 0)] and plan.dollars == 0
+        await waits.start()
+    assert [run.status for run in runs.list()] == ["waiting"]
