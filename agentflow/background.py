@@ -22,7 +22,7 @@ from typing import Any
 
 import orjson
 
-from agentflow.errors import ModelError, UsageError
+from agentflow.errors import LeaseLost, ModelError, UsageError
 from agentflow.journal import Add
 from agentflow.providers.common import digest, now, transport
 
@@ -102,10 +102,11 @@ class Flight:
         ids: list[str] = [row["id"] for row in found if row["id"] not in settled]
         return ids[-1] if ids else None
 
-    async def record(self, ident: str, asked: str, provider: str) -> None:
-        """Keeps an id; durable when it returns."""
+    async def record(self, ident: str, asked: str, provider: str, body: dict[str, Any]) -> None:
+        """Keeps an id, and what the price of its answer depends on; durable when it returns."""
         count = sum(1 for key, _ in self._ex.journal.keys(self._prefix) if "!" not in key)
-        row = {"id": ident, "asked": asked, "provider": provider, "step": self._name, "at": now()}
+        row: dict[str, Any] = {"id": ident, "asked": asked, "provider": provider, "step": self._name, "at": now()}
+        row["body"] = {name: body[name] for name in ("model", "background_options") if name in body}
         add = Add(f"{self._prefix}{count:04d}", orjson.dumps(row).decode())
         await self._ex.journal.acommit([add], fence=self._ex.fence, paid=True)
 
@@ -150,7 +151,12 @@ async def answer(provider: Any, body: dict[str, Any], timeout: float | None, fli
             ident = _running(raw)
             if ident is None:
                 return raw
-            await flight.record(ident, asked, raw["provider"])
+            try:
+                await flight.record(ident, asked, raw["provider"], body)
+            except LeaseLost:  # the run was cancelled at this moment: nobody else knows of the call
+                flight.say(f"call {ident} was submitted while the run was ended; it is cancelled at the provider")
+                await provider.cancel(ident, body, LOOK_TIMEOUT)
+                raise
         finally:
             del _submitting[place]
             done.set_result(None)

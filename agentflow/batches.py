@@ -32,7 +32,7 @@ import orjson
 from agentflow import background, budgets, costs, files, ledger, providers, sending
 from agentflow.calls import Call, Current, enclosing
 from agentflow.drive import PENDING, Wait
-from agentflow.errors import ModelError, UsageError
+from agentflow.errors import LeaseLost, ModelError, UsageError
 from agentflow.journal import Add, Drop, Put
 from agentflow.providers import batching
 from agentflow.providers.common import digest, now
@@ -312,7 +312,12 @@ class Batches:
             if error.status is not None and 400 <= error.status < 500 and error.status != 408:
                 await self._end(key, batch, "none")  # the provider said no; after anything else it is looked for
             raise
-        await self._created(key, batch, ident)
+        try:
+            await self._created(key, batch, ident)
+        except LeaseLost:  # the run was cancelled at this moment
+            ex.say(f"batch {ident} was handed over while the run was ended; it is cancelled at the provider")
+            await api.cancel(ident)
+            raise
         self._tell(key, ident, "submitted", len(group))
         ex.say(f"batch {ident}: {len(group)} requests to {first.model} handed over")
 
@@ -364,6 +369,37 @@ class Batches:
         for budget in self._ex.budgets():
             budget.count(-Decimal(batch.row["at_most"]))
         return [Drop(batch.row.pop("held"))]
+
+    # -- leaving ---------------------------------------------------------------------------------
+
+    async def leave(self) -> bool:
+        """Cancel the batches of a cancelled run, and record what they have answered; whether all have ended."""
+        for key, batch in list(self._batches.items()):
+            if batch.open:
+                await self._guarded(self._leave(key, batch), [])
+        return not any(batch.open for batch in self._batches.values())
+
+    async def _leave(self, key: str, batch: _Batch) -> None:
+        if batch.row["state"] == "intended":
+            await self._look(key, batch)  # was it created at all?
+        if batch.row["state"] == "created":
+            await self._cancel(key, batch)
+            await self._look(key, batch)
+
+    async def _cancel(self, key: str, batch: _Batch) -> None:
+        api = batching.of(batch.row["provider"])
+        assert api is not None
+        if "cancelled" in batch.row:
+            return
+        try:
+            await api.cancel(batch.row["batch"])
+            self._ex.say(f"batch {batch.row['batch']}: the provider was asked to cancel it")
+        except ModelError as error:
+            if error.status is None or not 400 <= error.status < 500 or error.status in (401, 403, 429):
+                raise
+            return  # it has ended, or is not there: the look tells
+        batch.row["cancelled"] = now()
+        await self._ex.journal.acommit([self._put(key, batch)], fence=self._ex.fence)
 
     # -- collecting ------------------------------------------------------------------------------
 

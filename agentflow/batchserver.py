@@ -12,6 +12,7 @@ from typing import Any
 
 Answer = Callable[[str, str, dict[str, Any]], tuple[int, dict[str, Any]]]
 EXPIRED: tuple[int, dict[str, Any]] = (0, {})  # instead of a status and a body: the request was not answered in time
+CANCELLED: tuple[int, dict[str, Any]] = (0, {"cancelled": True})
 _MESSAGES = "/v1/messages/batches"
 
 
@@ -20,12 +21,14 @@ class BatchServer:
 
     Attributes:
         polls: how often a batch is looked at before it has ended; None never ends.
+        done: how many requests of a batch are answered by the time it is cancelled.
         files: id and content of each file that was uploaded.
         batches: id and state of each batch, in the order of their creation.
     """
 
     def __init__(self, polls: int | None = 0) -> None:
         self.polls = polls
+        self.done = 0
         self.files: dict[str, str] = {}
         self.batches: dict[str, dict[str, Any]] = {}
 
@@ -56,6 +59,8 @@ class BatchServer:
             made = self._anthropic(results) if path == _MESSAGES else self._openai(json.loads(content), results)
             self.batches[made["id"]] = {"body": made, "results": results[::-1], "left": self.polls}
             return 200, made
+        if method == "POST" and last == "cancel" and path.split("/")[-3] == "batches":
+            return self._cancel(parent)
         if method != "GET":
             return None
         if path == _MESSAGES or path.endswith("/batches"):
@@ -106,6 +111,26 @@ class BatchServer:
             "ended": {"processing_status": "ended", "results_url": f"{_MESSAGES}/{ident}/results"},
         }  # fmt: skip
 
+    def _cancel(self, ident: str) -> tuple[int, Any]:
+        """Leaves the first requests answered; the batch has ended when it is looked at the time after next."""
+        batch = self.batches.get(ident)
+        if batch is None:
+            return 404, {"error": {"message": f"no {ident}"}}
+        if batch["left"] == 0:
+            return 400, {"error": {"message": f"{ident} has ended", "type": "invalid_request_error"}}
+        first = len(batch["results"]) - self.done
+        kept = batch["results"][first:]
+        ended = batch["body"]["ended"]
+        if "status" in batch["body"]:
+            ended |= {"status": "cancelled"}
+            for name in ("output_file_id", "error_file_id"):
+                if name in ended:
+                    lines = [_openai_line(*each) for each in kept if (each[1] == 200) == name.startswith("output")]
+                    self.files[ended[name]] = "".join(json.dumps(line) + "\n" for line in lines)
+        batch["results"] = [(each[0], *CANCELLED) for each in batch["results"][:first]] + kept
+        batch |= {"left": 1, "cancelling": True}
+        return 200, self._seen(ident, look=False)
+
     def _seen(self, ident: str, look: bool = True) -> dict[str, Any]:
         batch = self.batches[ident]
         body = {name: value for name, value in batch["body"].items() if name != "ended"}
@@ -113,7 +138,10 @@ class BatchServer:
             return {**body, **batch["body"]["ended"]}
         if look and batch["left"] is not None:
             batch["left"] -= 1
-        return {**body, "status": "in_progress"} if "status" in body else body
+        word = {True: "cancelling", False: "in_progress"}[batch.get("cancelling", False)]
+        if "status" in body:
+            return {**body, "status": word}
+        return {**body, "processing_status": "canceling"} if word == "cancelling" else body
 
 
 def _openai_line(custom_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
@@ -131,5 +159,5 @@ def _line(custom_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
     elif status:
         result = {"type": "errored", "error": {"type": "error", **body}}
     else:
-        result = {"type": "expired"}
+        result = {"type": "expired" if body == EXPIRED[1] else "canceled"}
     return {"custom_id": custom_id, "result": result}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.clock import pass_time
-from agentflow.drive import PENDING, Wait, inside, when_back
+from agentflow.drive import PENDING, Wait, inside, keep, pauses, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
@@ -48,6 +48,10 @@ def drive_blocking(call: Any) -> Any:
                 time.sleep(effect[1])
             elif kind == "settle":
                 time.sleep(0)
+            elif kind == "let_siblings":
+                with ex.patience(call):
+                    for pause in pauses(call):
+                        time.sleep(pause)
             elif kind == "join":
                 effect[1].result()
             else:
@@ -122,11 +126,15 @@ def _paid(call: Call, current: Current) -> Any:
         return future.result()
     except CancelledError as error:  # an Exception here, and no failure of the step
         raise asyncio.CancelledError from error
-    except BaseException:
+    except BaseException as error:
         if current.stop is not None:  # what goes on at the provider is not waited for here
             current.stop()
-        if not future.done():  # Ctrl-C
-            stop_paying({future: call})
+        if not isinstance(error, Exception):  # Ctrl-C
+            if not future.done():
+                stop_paying({future: call})
+            current.left = True
+            if future.done():
+                keep(future, current)
         raise
 
 
@@ -179,6 +187,7 @@ def _stop_clocks() -> list[tuple[Any, float]]:
 def park_blocking(ex: Execution, wait: Wait | None) -> Any:
     """Wait in the calling thread; leaves by ``Suspend`` when no branch can go on and no time is near."""
     pause, me = 0.001, object()
+    asked = None
     clocks = _stop_clocks()
     place = here.get()
     around = enclosing(place.outer.call) if place is not None and place.outer is not None else []
@@ -195,6 +204,9 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                     if ops := ex.goes_on(around):
                         ex.journal.commit(ops, fence=ex.fence)
                     return result
+            if ex.terminal is not None and asked is None:
+                ex.terminal.add(wait)
+                asked = wait
             with ex.turn:
                 place = here.get()
                 if ex.left_branches and place is not None and ex.is_left(place):
@@ -230,6 +242,8 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 pause = 0.0005
             pause = min(pause * 2, 0.25)
     finally:
+        if asked is not None:
+            ex.terminal.drop(asked)
         with ex.turn:
             del ex.held_up[me]
             ex.going += 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -26,7 +26,9 @@ from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal, Op, Txn
 from agentflow.lease import Owner, alive, this_process
 from agentflow.line import Line
-from agentflow.tokens import Count
+
+if TYPE_CHECKING:
+    from agentflow.tokens import Count
 
 UNITS = ("hour", "day", "week", "month")
 

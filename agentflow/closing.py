@@ -243,7 +243,9 @@ def close(opened: Opened, status: str) -> None:
         if not was_cancelled(ex.journal, ex.run_id):
             raise
         raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
-    if status != "waiting":
+    if status == "failed":
+        ex.settle_marks()
+    elif status != "waiting":
         ex.journal.clear_marks(ex.run_id)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 from agentflow import children, human, rundocs
 from agentflow.errors import UsageError
+from agentflow.index import in_key
 from agentflow.journal import Journal, Txn
 from agentflow.lease import lost, revoke
 from agentflow.settings import now
@@ -41,6 +44,10 @@ def cancel(journal: Journal, run_id: str, *, compensate: bool) -> dict[str, Any]
                     document["ended_at"] = at
                 txn.apply(rundocs.write(document, "interrupted" if compensate else "cancelled"))
                 txn.apply(human.withdrawn(journal, document["id"], at))
+                if any(txn.scan(f"{family}/{in_key(document['id'])}/") for family in ("i", "b")):
+                    # A provider may have something of it: leftover.py cancels that.
+                    row = orjson.dumps({"run": document["id"], "at": at}).decode()
+                    txn.put(f"ab/{in_key(document['id'])}", row)
                 ended.append(document["id"])
             inside = (_document(journal, child) for child in children.children(journal, document["id"]))
             left += [child for child in inside if child and child["id"] not in ended and child["status"] not in _ENDED]

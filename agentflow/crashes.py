@@ -120,6 +120,8 @@ def crash_points(
         raise UsageError("crash_points forks a process for each life, which this system cannot do.")
     home = Path(tempfile.mkdtemp(prefix="crashes-", dir=_near_journal()))
     lives = _Lives(workflow, args, kwargs, people, home, seconds)
+    if people is not None:
+        people.copied()
     points: list[str] = []
     try:
         right = lives.live(home / "0", 0, {}, Counter())

@@ -10,7 +10,8 @@ import asyncio
 import contextvars
 import gc
 import inspect
-from collections.abc import Awaitable, Callable, Generator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ from agentflow.settings import log, settings
 from agentflow.workers import in_flight, threads
 
 PENDING: Any = object()
+PATIENCE = 5.0  # seconds that a step waits for siblings that may leave it their record
 
 
 class Wait:
@@ -74,6 +76,8 @@ async def _perform(call: Call, steps: Generator[Any, Any, Any], effect: Any) -> 
                 await asyncio.sleep(effect[1])
             elif kind == "settle":
                 await _settle(ex)
+            elif kind == "let_siblings":
+                await _let_siblings(call)
             elif kind == "park":
                 result = await park(ex, effect[1])
             elif kind == "join":
@@ -97,6 +101,24 @@ async def _settle(ex: Execution) -> None:
         await asyncio.sleep(0)
         quiet = quiet + 1 if ex.asked == seen else 0
         seen = ex.asked
+
+
+async def _let_siblings(call: Call) -> None:
+    with call.ex.patience(call):
+        for pause in pauses(call):
+            await asyncio.sleep(pause)
+
+
+def pauses(call: Call) -> Iterator[float]:
+    """Seconds to sleep, again and again, while a sibling has not asked yet for what this call could use.
+
+    It may never ask: the step was moved from there to here. That shows when it ends; one that goes on for long is not
+    waited for, since it might wait for this one.
+    """
+    pause, end = 0.0, time.monotonic() + (0.2 if call.ex.plan else PATIENCE)  # a plan's branches stay where they stop
+    while call.ex.kept_by_sibling(call) and time.monotonic() < end:
+        yield pause
+        pause = min(max(pause * 2, 0.0005), 0.02)
 
 
 def inside(call: Call, current: Current) -> Here:
@@ -148,7 +170,7 @@ async def _answered(call: Call, current: Current) -> Any:
     """A model call whose reply may come later: it waits as for a person, and takes up what has come."""
     while True:
         try:
-            return await _paid(call)
+            return await _paid(call, current)
         except Unanswered as unanswered:
             later = unanswered
         wait = later.wait()
@@ -160,8 +182,8 @@ async def _answered(call: Call, current: Current) -> Any:
             await call.ex.journal.acommit(ops, fence=call.ex.fence)
 
 
-async def _paid(call: Call) -> Any:
-    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded.
+async def _paid(call: Call, current: Current) -> Any:
+    """A model call goes on when its caller is cancelled: the reply is paid for, so it is recorded, and so is the step.
 
     One that was not sent yet is not sent any more.
     """
@@ -175,7 +197,7 @@ async def _paid(call: Call) -> Any:
     except asyncio.CancelledError:
         if call.withdraw():
             task.cancel()
-        task.add_done_callback(lambda t: t.cancelled() or t.exception())
+        task.add_done_callback(lambda done: keep(done, current))
         raise
 
 
@@ -201,15 +223,23 @@ def when_back(future: Future[Any], current: Current) -> Future[None]:
 
     def came_back(done: Future[Any]) -> None:
         try:
-            if done.exception() is None:
-                keep_late(current, done.result())
-        except (JournalError, NotRecordable) as error:
-            log.warning("%s · %s came back late; its result is lost: %s", current.run_id, current.name, error)
+            keep(done, current)
         finally:
             kept.set_result(None)
 
     future.add_done_callback(came_back)
     return kept
+
+
+def keep(done: Future[Any] | asyncio.Future[Any], current: Current) -> None:
+    """Record what came back after its caller was released, if anything did."""
+    if done.cancelled() or done.exception() is not None:
+        return
+    try:
+        keep_late(current, done.result())
+    except (JournalError, NotRecordable) as error:
+        lost = "its reply alone is recorded" if current.call.kind == "ai" else "its result is lost"
+        log.warning("%s · %s came back late; %s: %s", current.run_id, current.name, lost, error)
 
 
 def _timed_out(current: Current | None) -> bool:
@@ -249,11 +279,17 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
                 label = at.ex.naming or at.ex.label(coroutine_label(coro), place)
                 at.ex.expect_branches(place, [label])
         task = before(loop, coro, **kwargs) if before is not None else asyncio.Task(coro, loop=loop, **kwargs)
-        if at is not None and known and not task.done():
+        if at is not None and known:
             ex = at.ex
-            ex.tasks[task] = label
-            task.add_done_callback(lambda done: ex.tasks.pop(done, None))
+            if not task.done():
+                ex.tasks[task] = label
+            task.add_done_callback(lambda done: ended(ex, place, label, done))
         return task
+
+    def ended(ex: Execution, place: Here, label: str, task: Any) -> None:
+        ex.tasks.pop(task, None)
+        if label:
+            ex.branches_ended(place, [label])
 
     _factories[loop] = [1, before, factory]
     loop.set_task_factory(factory)
@@ -307,6 +343,8 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
     clocks = stop_clocks()
     if ex.stay and (ops := ex.only_waits(waiting)):
         await ex.journal.acommit(ops, fence=ex.fence)
+    if ex.terminal is not None:
+        ex.terminal.add(wait)
     try:
         result = await future
         # Asking has taken back, durably, that the steps around were in flight: from here on they are again.
@@ -314,6 +352,8 @@ async def park(ex: Execution, wait: Wait | None) -> Any:
             await ex.journal.acommit(ops, fence=ex.fence)
         return result
     finally:
+        if ex.terminal is not None:
+            ex.terminal.drop(wait)
         ex.parked.pop(future, None)
         start_clocks(clocks)
 

@@ -191,8 +191,12 @@ async def _keep(
         kept["body"] = {**raw["body"], "data": len(keys)}
     prefix = f"m/{ex.key}/{call.occ}/{call.here.epoch}.{current.sample}/"
     count = sum(1 for _ in ex.journal.keys(prefix))
-    found = zip(keys, vectors or (), strict=False)
-    await ticket.save(f"{prefix}{count:04d}", kept, [Add(key, orjson.dumps(vector).decode()) for key, vector in found])
+    place = f"{prefix}{count:04d}"
+    asked = {name: value for name, value in body.items() if name != "input"}
+    about = {"provider": raw["provider"], "asked": asked, "reply": place}
+    found = zip(keys, body["input"], vectors or (), strict=False)
+    rows = [Add(key, orjson.dumps({**about, "text": text, "vector": it}).decode()) for key, text, it in found]
+    await ticket.save(place, kept, rows)
 
 
 def _vectors(body: Any, count: int) -> list[list[float]] | None:
@@ -218,5 +222,6 @@ def _vector(journal: Any, key: str) -> list[float]:
             f"{journal.path}: the vector {key} is missing. Restore the journal from a copy, or ask in a new run "
             "with fresh=True."
         )
-    vector: list[float] = orjson.loads(text)
+    row = orjson.loads(text)
+    vector: list[float] = row["vector"] if isinstance(row, dict) else row  # a list is what was recorded at first
     return vector

@@ -31,7 +31,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import codec, costs, sending
+from agentflow import codec, costs
 from agentflow.calls import Call, Current, Suspend
 from agentflow.codedigest import changed_data
 from agentflow.errors import (
@@ -54,9 +54,8 @@ from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
 from agentflow.records import ONCE, PlanStep, Retry
-from agentflow.reuse import Effect, find, given_same, judge, like, located
+from agentflow.reuse import Effect, doubt_rows, find, given_same, judge, like, located
 from agentflow.run import Attempts
-from agentflow.supplied import as_recorded
 from agentflow.workers import in_flight
 
 Process = Generator[Effect, Any, Any]
@@ -118,6 +117,8 @@ def process(call: Call) -> Process:
 
 def _supplied(call: Call, given: str) -> Process:
     """A step that is not run: somebody gave its result when the run was retried or forked."""
+    from agentflow.supplied import as_recorded
+
     ex = call.ex
     row = yield from find(call)
     if row is not None:
@@ -250,7 +251,8 @@ def _run(call: Call, again: int = 0) -> Process:
     ex, options = call.ex, call.options
     if ex.plan:
         ex.would_run(call)
-        yield ("park", None)
+        with ex.patience(call):
+            yield ("park", None)
     if ex.collecting:
         raise located(StepError(f"step {call.name!r} has no record"), call)
     if ex.overdue():
@@ -281,9 +283,9 @@ def _run(call: Call, again: int = 0) -> Process:
         undone = max(slot.voids(), again)
         current = Current(call, ex.key_of(call, undone), attempt, sample)
         current.facts = (slot, order, asked, started)
-        ex.started(call, slot, current, order)
+        ex.started(call, slot, current)
         if options.in_doubt != "rerun":
-            yield ("commit", [Add(f"d/{ex.key}/{call.occ}.{slot.n + 1}.{attempt}", call.name)], False)
+            yield ("commit", doubt_rows(call, slot, attempt, order), False)
         try:
             result = yield ("attempt", current, options.timeout)
             text, value = codec.roundtrip(result, where="result")
@@ -395,6 +397,8 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
         if not state.paid:
             ex.doubt(call)
             if call.request is not None:
+                from agentflow import sending
+
                 current = Current(call, "", state.failed + 1, state.sample)
                 yield ("commit", sending.doubt(call, current, call.request), False)
         return _RUN

@@ -22,7 +22,7 @@ from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
 from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
-from agentflow.errors import EventTimeout, UsageError
+from agentflow.errors import EventTimeout, RunNotFound, UsageError
 from agentflow.index import in_key, short
 from agentflow.journal import Drop, Journal, Op, Put, Txn
 from agentflow.records import UNSET, moment
@@ -32,7 +32,7 @@ from agentflow.settings import log, now
 from agentflow.values import once
 
 _COUNT = "en/events"
-_ANY = "*"
+ANY = "*"
 
 Match = Callable[[Any], Any] | Mapping[str, Any] | None
 
@@ -68,7 +68,7 @@ def send_event(name: str, payload: Any = None, run_id: str | None = None) -> Non
     _check_name(name, "send_event")
     text = codec.encode(payload, where="payload")
     journal = open_journal()
-    target = _ANY
+    target = ANY
     if run_id is not None:
         document = rundocs.find(journal, run_id)
         target = in_key(document["id"])
@@ -93,6 +93,8 @@ def send_event(name: str, payload: Any = None, run_id: str | None = None) -> Non
 
 
 def _send(txn: Txn, name: str, target: str, payload: str) -> None:
+    if target != ANY and txn.get(f"r/{target}") is None:
+        raise RunNotFound(f"event {name!r} was not sent: its run has been purged in the meantime.")
     # The time is taken inside the transaction: events are in the order of their numbers and of their times.
     number = int(txn.get(_COUNT) or 0) + 1
     at = now()
@@ -102,10 +104,15 @@ def _send(txn: Txn, name: str, target: str, payload: str) -> None:
         orjson.dumps({"name": name, "payload": payload, "at": at}).decode(),
     )
     carried = codec.decode(payload)
-    for _, text in list(txn.scan(f"wn/{in_key(name)}/" if target == _ANY else f"wn/{in_key(name)}/{target}/")):
+    for _, text in list(txn.scan(f"wn/{in_key(name)}/" if target == ANY else f"wn/{in_key(name)}/{target}/")):
         row = orjson.loads(text)
         if row["match"] is None or _has(carried, codec.decode(row["match"])):
             txn.put(rundocs.wake_key(row["run"]), row["run"])
+
+
+def not_received(name: str) -> list[str]:
+    """The encoded payloads of the events of a name that were sent and that no wait has received yet."""
+    return [orjson.loads(text)["payload"] for _, text in open_journal().scan(f"ev/{in_key(name)}/")]
 
 
 def _check_name(name: Any, what: str) -> None:
@@ -182,7 +189,7 @@ class _Receiver:
     def __init__(self, ex: Execution, key: str, names: list[str], match: Match, deadline: float | None) -> None:
         self._ex = ex
         self._key = key
-        self._prefixes = [f"ev/{in_key(name)}/{target}/" for name in names for target in (ex.key, _ANY)]
+        self._prefixes = [f"ev/{in_key(name)}/{target}/" for name in names for target in (ex.key, ANY)]
         self._match = match
         self._deadline = deadline
         self._seen: str | None = "?"

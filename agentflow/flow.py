@@ -17,11 +17,12 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from agentflow import budgets, closing, codec, opening, rundocs, typecheck
+from agentflow import budgets, closing, codec, cron, opening, rundocs, typecheck
 from agentflow.blocking import collect_blocking, drive_blocking, park_blocking, run_coroutine, stop_paying
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.childcalls import ChildCall
 from agentflow.context import Context
+from agentflow.cron import Schedule
 from agentflow.drive import execute, park
 from agentflow.durations import Duration, seconds
 from agentflow.engine import over_budget
@@ -42,6 +43,7 @@ from agentflow.scratch import open_journal
 P = ParamSpec("P")
 T = TypeVar("T")
 Dollars = str | int | float | Decimal
+_A_TICK = 1_000_000_000.0  # any instant that is no midnight
 
 
 class Workflow(Generic[P, T]):
@@ -59,6 +61,7 @@ class Workflow(Generic[P, T]):
         on_change: str = "auto",
         run_id: Callable[..., str] | None = None,
         blocking: bool = False,
+        schedule: Schedule | None = None,
         options: opening.RunOptions | None = None,
     ) -> None:
         parameters = list(inspect.signature(fn).parameters.values())
@@ -69,6 +72,7 @@ class Workflow(Generic[P, T]):
         self.fn = fn
         self.name = name
         self.timeout = seconds(timeout, what="workflow timeout")
+        self.schedule = schedule
         self._definition = opening.Definition(
             fn=fn,
             name=name,
@@ -133,7 +137,7 @@ class Workflow(Generic[P, T]):
         now = self._definition
         return type(self)(
             self.fn, self.name, timeout=self.timeout, budget=now.budget, on_change=now.on_change, run_id=now.run_id,
-            blocking=now.blocking, options=options,
+            blocking=now.blocking, schedule=self.schedule, options=options,
         )  # fmt: skip
 
     # -- running -----------------------------------------------------------------------------
@@ -211,7 +215,7 @@ class Workflow(Generic[P, T]):
             if document is not None and prior == "failed" and document.get("compensated") == "done":
                 raise stored_error(document)
         if document is not None and prior == "failed":
-            document["retry_upto"] = document["epoch"]
+            rundocs.note_retry(document)
         ex = opening.execution(self._definition, journal, run_id, document, arguments, prior)
         ex.plan = True
         if call is not None:
@@ -247,6 +251,11 @@ class Workflow(Generic[P, T]):
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name, checked against the function's annotations."""
         return typecheck.arguments(self.fn, self.name, arguments)
+
+    @property
+    def tick_argument(self) -> str | None:
+        """The parameter that gets the instant of a schedule's tick; None where there is none."""
+        return cron.argument(self._definition.signature, self.name)
 
     @property
     def parameters(self) -> list[str]:
@@ -467,6 +476,9 @@ def workflow(
     budget: Dollars | None = ...,
     on_change: str = ...,
     run_id: Callable[..., str] | None = ...,
+    schedule: str | None = ...,
+    timezone: str | None = ...,
+    catch_up: str = ...,
 ) -> Workflow[P, T]: ...
 @overload
 def workflow(
@@ -476,6 +488,9 @@ def workflow(
     budget: Dollars | None = ...,
     on_change: str = ...,
     run_id: Callable[..., str] | None = ...,
+    schedule: str | None = ...,
+    timezone: str | None = ...,
+    catch_up: str = ...,
 ) -> _Decorator: ...
 def workflow(
     name: Any = None,
@@ -485,6 +500,9 @@ def workflow(
     budget: Dollars | None = None,
     on_change: str = "auto",
     run_id: Callable[..., str] | None = None,
+    schedule: str | None = None,
+    timezone: str | None = None,
+    catch_up: str = "latest",
 ) -> Any:
     """A function whose steps persist: ``@workflow``, ``@workflow("name", ...)`` or ``workflow(name=..., execute=fn)``.
 
@@ -503,8 +521,22 @@ def workflow(
             (``.options(budget="5.00").run(...)``). Runs started inside count too, replays not. None: no limit.
         on_change: what an edit of a step's code means for its steps: "auto", "rerun", "reuse" or "error".
         run_id: a function of the input that gives the run's id. None: the id comes from the input's content.
+        schedule: when ``agentflow worker`` runs it by itself: a cron expression of five fields (minute hour
+            day-of-month month day-of-week), such as "0 9 * * MON", Mondays at nine, or "@daily". Such a workflow takes
+            the context and nothing more, or one parameter that gets the tick's instant, an aware datetime in the time
+            zone. Each tick is one run, ``report-20261130T080000Z`` by the tick in UTC, however many workers there are;
+            it starts also while the run before is going on. A local time that daylight saving leaves out runs at the
+            end of the gap, one that comes twice runs once. The first tick is the first after a worker has seen the
+            schedule, or an edit of it. None: it runs when it is told to.
+        timezone: the name of the schedule's time zone, such as "Europe/Berlin". None: UTC.
+        catch_up: what becomes of ticks that no worker noticed within a minute: "latest" (one run, for the newest),
+            "all" (a run for each, for the newest thousand of more) or "skip" (no run).
+
+    Raises:
+        UsageError: an option that cannot be; a function that does not take what its schedule gives it.
     """
     options: dict[str, Any] = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
+    options |= {"schedule": schedule, "timezone": timezone, "catch_up": catch_up}
     if callable(name) and not isinstance(name, str):
         return define(name, None, **options)
     if name is not None and (not isinstance(name, str) or not name.strip()):
@@ -522,6 +554,9 @@ def define(
     budget: Dollars | None = None,
     on_change: str = "auto",
     run_id: Callable[..., str] | None = None,
+    schedule: str | None = None,
+    timezone: str | None = None,
+    catch_up: str = "latest",
     blocking: bool = False,
     kind: Any = None,
 ) -> Any:
@@ -544,7 +579,10 @@ def define(
         on_change=on_change,
         run_id=run_id,
         blocking=blocking,
+        schedule=cron.parsed(schedule, timezone, catch_up),
     )
+    if made.schedule is not None and (argument := made.tick_argument) is not None:
+        typecheck.annotated(fn, made.name, argument, made.schedule.local(_A_TICK))
     workflows[made.name] = made
     return made
 

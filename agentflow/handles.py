@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, plans, redo, rundocs
+from agentflow import codec, control, leftover, redo, rundocs
 from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.context import view
@@ -40,10 +40,14 @@ class Plan:
     def __init__(self, run_id: str, steps: list[PlanStep]) -> None:
         self.run_id = run_id
         self.steps = steps
+        from agentflow import plans
+
         dollars, unknown = plans.total(steps)
         self.dollars: Decimal | None = None if unknown else dollars
 
     def __str__(self) -> str:
+        from agentflow import plans
+
         return plans.render(self.run_id, self.steps)
 
 
@@ -97,7 +101,7 @@ class Run:
     @property
     def cost(self) -> Decimal:
         """Dollars paid for this run's model calls in all its executions; calls of unknown price not counted."""
-        if self.status in ("running", "interrupted"):
+        if self.status in ("running", "interrupted", "cancelled"):
             return rundocs.paid(self._journal, self.id)
         return Decimal(self._document.get("paid", "0"))
 
@@ -113,6 +117,11 @@ class Run:
     @property
     def completed_at(self) -> Any:
         return moment(self._document.get("ended_at"))
+
+    @property
+    def tick(self) -> Any:
+        """The instant of the schedule's tick whose run this is; None for a run that somebody started."""
+        return moment(self._document.get("tick"))
 
     def result(self) -> Any:
         """The recorded result. Raises the recorded error, or ``Waiting``."""
@@ -131,7 +140,9 @@ class Run:
         """End the run, wherever it executes, and the runs that its body has started; open tasks are withdrawn.
 
         From here on nothing more is committed for it: a process that executes it is refused, and stops at its next
-        commit or sign of life. A model call in flight is paid for, and its answer is not kept.
+        commit or sign of life. A model call in flight is paid for, and its answer is not kept. Batches and calls in the
+        background are cancelled at their providers, within seconds or else by a worker; what they answer nevertheless
+        has been paid for and is recorded.
 
         Args:
             compensate: undo its steps that have a ``compensate=``, in reverse order, before it counts as cancelled. Its
@@ -144,6 +155,7 @@ class Run:
             UsageError: it has completed or failed.
         """
         self._document = control.cancel(self._journal, self.id, compensate=compensate)
+        leftover.cancel(self._journal, self.id)
         if compensate and self._workflow is not None and self.status != "cancelled":
             with contextlib.suppress(RunCancelled):
                 run_apart(self._workflow.again(self._document))
@@ -226,7 +238,7 @@ class Run:
         costs = {self.id: self.cost, other.id: other.cost}
         return rundiff.diff(self._journal, self._document, other._document, lambda document: costs[document["id"]])
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
+    def export(self, path: str | os.PathLike[str], *, recording: bool = False) -> Path:
         """Write the run to one file: JSON, or with the ending ``.html`` a page that needs nothing else.
 
         It holds inputs, outputs, prompts, replies and decisions; known key patterns and what ``configure(redact=)``
@@ -234,12 +246,17 @@ class Run:
 
         Args:
             path: the file. Its directory has to exist.
+            recording: True writes what models were asked and answered, and nothing else, for a test marked
+                ``recorded`` to play; see ``agentflow.testing.export_recording``. The file must not exist yet.
 
         Returns:
             The file's path.
         """
-        from agentflow import export
+        from agentflow import export, replies
 
+        if recording:
+            replies.export_recording(self.id, path, journal=self._journal)
+            return Path(path).expanduser()
         return export.export(self._journal, self._document, self.summary(), path)
 
     def as_tree(self) -> dict[str, Any]:

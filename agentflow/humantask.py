@@ -62,8 +62,8 @@ def human_task(
         timeout: seconds or a duration from the opening of the task on; a restart does not extend it. None: no end.
         on_timeout: returned when the time is over; an exception is raised; ``Escalate("director", timeout="1d")`` asks
             somebody else. Not given: ``HumanTaskExpired`` is raised.
-        remind: how often ``configure(notify=)`` hears of it again while it is open, when the run is looked at; seconds
-            or a duration. None: never.
+        remind: how often ``configure(notify=)`` hears of it again while it is open; seconds or a duration. A worker
+            tells it on time, without one it is told when the run is run again. None: never.
 
     Returns:
         A ``Decision``, true when approved; with ``schema`` an instance of it.

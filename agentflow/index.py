@@ -71,15 +71,19 @@ class Row:
 
 
 class Slot:
-    """One place of one ident. ``n`` is the newest version; -1 while there is none."""
+    """One place of one ident. ``n`` is the newest version; -1 while there is none.
 
-    __slots__ = ("claimed", "gone", "ident", "n", "place", "rowid")
+    ``occ``: the id of a call that was started here and left no record, and with it what is recorded inside; else "".
+    """
 
-    def __init__(self, ident: str, place: str, n: int = -1, rowid: int = 0) -> None:
+    __slots__ = ("claimed", "gone", "ident", "n", "occ", "place", "rowid")
+
+    def __init__(self, ident: str, place: str, occ: str = "") -> None:
         self.ident = ident
         self.place = place
-        self.n = n
-        self.rowid = rowid
+        self.occ = occ
+        self.n = -1
+        self.rowid = 0
         self.claimed: bool | str = False
         self.gone: dict[int, str] | None = None
 
@@ -176,11 +180,11 @@ class Records:
         return self._free.get(ns, 0)
 
     def slots(self, ident: str) -> list[Slot]:
-        """All places of an ident, oldest record first."""
+        """All places of an ident, oldest record first, then those that were only started."""
         known = self._by_ident.get(ident)
         if known is None:
             return []
-        return sorted(known.values(), key=lambda slot: slot.rowid) if isinstance(known, dict) else [known]
+        return sorted(known.values(), key=lambda slot: (slot.n < 0, slot.rowid)) if isinstance(known, dict) else [known]
 
     def at(self, ident: str, place: str) -> Slot | None:
         known = self._by_ident.get(ident)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from agentflow import codec, human, rundocs, typecheck
+from agentflow import codec, human, rundocs, terminal, typecheck
 from agentflow.budgets import RunBudget
 from agentflow.calls import Suspend
 from agentflow.capture import data_digest
@@ -94,6 +94,8 @@ def locate(flow: Definition, journal: Journal, arguments: dict[str, Any]) -> tup
         run_id = _own_id(flow, arguments)
         if not isinstance(run_id, str) or not run_id:
             raise UsageError(f"workflow {flow.name!r}: run_id= gave {run_id!r}; it has to give non-empty text.")
+    if run_id == "scratch":
+        raise UsageError("run_id 'scratch' names what stands outside workflows, whose records are kept under it.")
     if run_id is not None and flow.options.fresh:
         return None, _next_id(journal, run_id)
     if run_id is not None:
@@ -240,7 +242,7 @@ def take_up(
             document.pop("undoing", None)
             document.pop("compensated", None)
         if prior == "failed" and not document.get("undoing"):
-            document["retry_upto"] = document["epoch"]
+            rundocs.note_retry(document)
         document["epoch"] += 1
         if text != document["input"]:
             document["input"] = text
@@ -282,10 +284,11 @@ def execution(
     ex = Execution(journal, run_id, flow.name, drive, on_change=flow.on_change)
     ex.ask = human.ask_in_doubt
     ex.stay = flow.options.wait
+    ex.terminal = terminal.prompter() if ex.stay else None
     if document is not None:
         ex.budget = _budget(flow, document)
         ex.number = document["epoch"]
-        ex.retry_upto = document.get("retry_upto", 0)
+        ex.retried = rundocs.retried(document)
         ex.undoing = bool(document.get("undoing"))
         ex.same_code = document.get("code") == code_digest(flow)
         ex.input_text = document["input"]

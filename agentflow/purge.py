@@ -1,6 +1,7 @@
 """Removing the records of runs that nobody needs any more.
 
-What belongs to one run goes with it: its document, steps, attempts, paid replies, sleeps and tasks. What runs share
+What belongs to one run goes with it: its document, steps, attempts, paid replies, sleeps, tasks, and the events sent to
+it that it has not received: a later run of the same id must not find them. What runs share
 stays: results named by an ``idempotency_key``, vectors of ``embed``, and the code they were made with. A run that was
 started inside another one goes with that one only, because a replay of the other asks for its result. Forks have
 records of their own and need nothing of their parent. What a run has cost stays in the ledger.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from agentflow import children, events, rundocs
+from agentflow import children, events, leftover, rundocs
 from agentflow.durations import Duration, seconds
 from agentflow.errors import RunBusy, UsageError
 from agentflow.index import in_key
@@ -25,7 +26,7 @@ from agentflow.settings import settings
 
 ENDED = ("completed", "failed", "cancelled")
 _CHUNK = 5000
-_FAMILIES = ("s", "a", "d", "m", "w", "z", "b", "be", "bm", "bq", "i", "ht", "hu", "ch", "cp", "cf", "cs")
+_FAMILIES = ("s", "a", "d", "dg", "m", "w", "z", "b", "be", "bm", "bq", "i", "ht", "hu", "ch", "cp", "cf", "cs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +75,21 @@ def purge(
             since = document.get("ended_at") or document["created_at"]
             if now - since >= age:
                 chosen[document["id"]] = each
-    kept: dict[str, str] = {}
+    kept = {
+        run: "what it has at its provider may not have ended"
+        for run, at in leftover.left(journal)
+        if chosen.get(run) and now - at < leftover.GIVE_UP
+    }
+    for run in kept:
+        del chosen[run]
     while needed := {run: why for run in chosen if (why := _needed(journal, run, chosen)) is not None}:
         kept |= needed
         for run in needed:
             del chosen[run]
-    pointers = _pointers(journal)
+    pointers, sent = _pointers(journal), _sent(journal)
     done, rows = [], 0
     for run_id, state in sorted(chosen.items()):
-        keys = keys_of(journal, run_id)
+        keys = keys_of(journal, run_id) + sent.get(in_key(run_id), [])
         if not dry_run:
             try:
                 _remove(journal, run_id, state, keys, pointers.get(run_id, []))
@@ -92,6 +99,7 @@ def purge(
         done.append(run_id)
         rows += len(keys) + 1
     if not dry_run:
+        _sweep_events(journal)
         _sweep_leases(journal)
     return Purged(done, rows, kept, dry_run)
 
@@ -115,7 +123,7 @@ def keys_of(journal: Journal, run_id: str) -> list[str]:
             linked += [f"xt/open/{int(orjson.loads(text)['created_at'] * 1000):014d}-{task}", f"h/{task}"]
     for key, text in journal.scan(f"w/{name}/"):
         linked += events.waiting_for(key, orjson.loads(text)["names"])
-    linked.append(rundocs.wake_key(run_id))
+    linked += [rundocs.wake_key(run_id), f"ab/{name}"]
     found = [key for key in linked if journal.get(key) is not None]
     return found + [key for family in _FAMILIES for key, _ in journal.keys(f"{family}/{name}/")]
 
@@ -124,6 +132,16 @@ def _pointers(journal: Journal) -> dict[str, list[str]]:
     found = defaultdict(list)
     for key, run_id in journal.scan("p/"):
         found[run_id].append(key)
+    return found
+
+
+def _sent(journal: Journal) -> dict[str, list[str]]:
+    """The events that wait for one run alone, by the run as it stands in keys."""
+    found = defaultdict(list)
+    for key, _ in journal.keys("ev/"):
+        target = key.split("/")[2]
+        if target != events.ANY:
+            found[target].append(key)
     return found
 
 
@@ -148,6 +166,13 @@ def _remove(journal: Journal, run_id: str, state: str, keys: list[str], pointers
     finally:
         lease.release()
     journal.clear_marks(run_id)
+
+
+def _sweep_events(journal: Journal) -> None:
+    """Events of runs that are gone: sent while a purge was at work, or left by one that was cut off."""
+    ops = [Drop(key) for run, keys in _sent(journal).items() if journal.get(f"r/{run}") is None for key in keys]
+    for start in range(0, len(ops), _CHUNK):
+        journal.commit(ops[start : start + _CHUNK])
 
 
 def _sweep_leases(journal: Journal) -> None:

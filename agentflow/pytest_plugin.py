@@ -21,8 +21,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +114,14 @@ def _sweep(root: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
+def _forget(folder: Path) -> None:
+    """Close the journals there: each holds files open, and a long session has many tests."""
     if "agentflow.scratch" in sys.modules:
         sys.modules["agentflow.scratch"].forget(folder)
+
+
+def _remove(folder: Path) -> None:
+    _forget(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -173,6 +177,9 @@ def _agentflow(request: pytest.FixtureRequest) -> Iterator[None]:
     set_environment(before)
     if folder.exists():
         _remove(folder)
+    own = getattr(request.node, "funcargs", {}).get("tmp_path")
+    if own is not None:
+        _forget(own)
 
 
 def _recording(item: pytest.Item) -> Recording | None:
@@ -203,23 +210,51 @@ def _beside(item: pytest.Item) -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test fails for a call that was refused or is not recorded, also where its code swallowed the error."""
+    """A test fails for a call that was refused or is not recorded, also where its code swallowed the error.
+
+    Where it did not, the frames of agentflow and of the SDK would bury what is to be read: the line of the user's own
+    code that asked stands below it instead.
+    """
     _refused().clear()
-    yield
-    recording = item.stash.get(_RECORDING, None)
-    words = [*_refused(), *(recording.missing if recording is not None else ())]
+    where = ""
+    try:
+        yield
+    except Exception as error:
+        if not any(words in str(error) for words in _unanswered(item)):
+            raise
+        where = _own_line(item, error)
+    words = _unanswered(item)
     _refused().clear()
     if words:
-        pytest.fail(words[0], pytrace=False)
+        pytest.fail(words[0] + where, pytrace=False)
     item.stash[_PASSED] = True
+
+
+def _unanswered(item: pytest.Item) -> list[str]:
+    recording = item.stash.get(_RECORDING, None)
+    return [*_refused(), *(recording.missing if recording is not None else ())]
+
+
+def _own_line(item: pytest.Item, error: BaseException) -> str:
+    """The innermost line of the project's code on the way to an error."""
+    own = ""
+    trace = error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        installed = "site-packages" in file.parts or file.is_relative_to(Path(__file__).parent)
+        if file.is_relative_to(item.config.rootpath) and not installed:
+            own = f"\nAsked in {file.relative_to(item.config.rootpath)}, line {trace.tb_lineno}."
+        trace = trace.tb_next
+    return own
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report: Any = yield
     recording = item.stash.get(_RECORDING, None)
-    if report.when == "call" and recording is not None and recording.missing and report.failed:
-        report.sections.append(("agentflow: not recorded", "\n\n".join(recording.missing)))
+    more = recording.missing[1:] if recording is not None else []
+    if report.when == "call" and more and report.failed:
+        report.sections.append(("agentflow: not recorded either", "\n\n".join(more)))
     elif report.when == "teardown" and recording is not None and _PASSED in item.stash:
         # On the report, because with xdist another process writes the summary.
         report.agentflow_unused = [f"{recording.path}: {words}" for words in recording.unused()]
@@ -253,20 +288,46 @@ def fake_model() -> Iterator[Callable[..., FakeModel]]:
     """``model = fake_model(["Hello!"])``: a ``FakeModel`` for the rest of the test, which checks it at the end."""
     from agentflow.testing import FakeModel
 
-    with ExitStack() as stack:
+    made: list[FakeModel] = []
 
-        def start(replies: Any, **options: Any) -> FakeModel:
-            return stack.enter_context(FakeModel(replies, **options))
+    def start(replies: Any, **options: Any) -> FakeModel:
+        made.append(FakeModel(replies, **options).start())
+        return made[-1]
 
-        yield start
+    yield start
+    for model in made[::-1]:
+        model.stop()
+    _check(made)
+
+
+def _check(scripts: Sequence[FakeModel | FakePeople]) -> None:
+    """Fails the test in the words of the first script that was not followed; where that is found says nothing."""
+    problem = ""
+    for script in scripts:
+        try:
+            script.check()
+        except AssertionError as error:
+            problem = problem or str(error)
+    if problem:
+        pytest.fail(problem, pytrace=False)
 
 
 @pytest.fixture
-def fake_people() -> type[FakePeople]:
-    """``people = fake_people({"approve": True})``; ``people.run(workflow, ...)`` answers whoever is asked."""
+def fake_people() -> Iterator[Callable[..., FakePeople]]:
+    """``people = fake_people({"approve": True})``; ``people.run(workflow, ...)`` answers whoever is asked.
+
+    ``events={"paid": {"order": 7}}`` scripts what runs wait for; one that is not received fails the test at its end.
+    """
     from agentflow.people import FakePeople
 
-    return FakePeople
+    made: list[FakePeople] = []
+
+    def start(*args: Any, **options: Any) -> FakePeople:
+        made.append(FakePeople(*args, **options))
+        return made[-1]
+
+    yield start
+    _check(made)
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 A recording is found by content: the body of the request, without what only says that it is streamed, files by their
 digest, secrets masked. Never by position, so a fan-out may ask in any order. Each recorded reply answers one request;
-a program that asks twice what it had asked once is told so. Secrets are masked in requests and replies before they are
-written, and the program gets the masked reply when it is recorded too, so that both runs see the same.
+a program that asks twice what it had asked once is told so. Embeddings are found text by text, for which texts are sent
+depends on what has been embedded before. What is asked in a batch is recorded, and found, call by call.
+
+Secrets are masked in requests and replies before they are written, and the program gets the masked reply when it is
+recorded too, so that both runs see the same.
 
 Cassettes of vcrpy and pytest-recording are read as well (YAML needs PyYAML), never written.
 """
@@ -20,18 +23,16 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from agentflow import rundocs
+from agentflow.background import ENDED
+from agentflow.batchserver import BatchServer
 from agentflow.errors import UsageError
-from agentflow.files import shortened
-from agentflow.index import in_key
 from agentflow.providers import streams
 from agentflow.providers.common import asking, use_transport
-from agentflow.redact import redact_value
-from agentflow.scratch import open_journal
+from agentflow.redact import redact, redact_value
+from agentflow.replies import VERSION, plain_request, write
 from agentflow.testing import request_of, sse
 
 MODES = ("none", "once", "all")
-_VERSION = 1
 _STARTS = ("responses", "chat", "messages", "embeddings")
 _WHOLE: dict[str, Callable[[], streams.Whole]] = {
     "responses": streams.Responses,
@@ -70,6 +71,7 @@ class Recording:
         self._cassette = False
         self._used: set[int] = set()
         self._before: Any = None
+        self._batches = BatchServer()
         if self.path.exists():
             self.calls, self._cassette = _load(self.path)
         if self._cassette and mode != "none":
@@ -108,33 +110,125 @@ class Recording:
         return [_words(call) for number, call in enumerate(self.calls) if number not in self._used]
 
     async def _answer(self, request: Any) -> Any:
-        body = json.loads(request.content) if request.content else {}
+        import httpx2
+
+        content = await request.aread()
+        if (about_batches := await self._batch(request, content)) is not None:
+            status, reply = about_batches
+            sent = {"text": reply} if isinstance(reply, str) else {"json": reply}
+            return httpx2.Response(status, **sent)
+        body = json.loads(content) if content else {}
         endpoint = _endpoint(request.method, request.url.path)
         streamed = bool(body.get("stream"))
+        call = self._take(endpoint, body)
+        if call is not None:
+            return _response(call, body, streamed)
+        flight = self._flight(endpoint)
+        if flight is not None and flight["reply"].get("status") in ENDED:
+            return _response(flight, body, streamed)
+        if self.mode == "none":
+            self.missing.append(self._not_found(endpoint, body))
+            raise NotRecorded(self.missing[-1])
+        if flight is not None:
+            return await self._look(request, flight)
+        return await self._record(request, endpoint, body, streamed)
+
+    def _flight(self, endpoint: str) -> dict[str, Any] | None:
+        """The recorded call in the background that a request looks at."""
+        ident = endpoint.removeprefix("GET responses/") if endpoint.startswith("GET responses/") else ""
+        replies = [call for call in self.calls if ident and isinstance(call["reply"], dict)]
+        return next((call for call in replies[::-1] if call["reply"].get("id") == ident), None)
+
+    async def _look(self, request: Any, flight: dict[str, Any]) -> Any:
+        """Asks for a call in the background; once it has ended its reply is that of the request that submitted it."""
+        import httpx2
+
+        async with httpx2.AsyncClient(follow_redirects=True) as client:
+            answer = await client.send(request)
+        found = _content(answer, "responses") if answer.status_code == 200 else None
+        if isinstance(found, dict) and found.get("status") in ENDED:
+            flight["reply"] = redact_value(found)
+            self._write()
+            return _response(flight, {}, False)
+        return _passed_on(answer)
+
+    def _take(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The recorded call that answers a request, used up with this."""
         key = _key(endpoint, body)
         for number in range(self._old, len(self.calls)):
             if number not in self._used and self._keys[number] == key:
                 self._used.add(number)
-                return _response(self.calls[number], body, streamed)
+                return self.calls[number]
+        if endpoint != "embeddings" or not isinstance(body.get("input"), list):
+            return None
+        known = self._vectors(body)
+        if any(redact(str(text)) not in known for text in body["input"]):
+            return None
+        used = [known[redact(str(text))] for text in body["input"]]
+        self._used |= {number for number, _ in used}
+        return _embedded(self.calls, body, used)
+
+    def _vectors(self, body: dict[str, Any]) -> dict[str, tuple[int, Any]]:
+        """By its text, each vector of the model that is asked, and the number of the call that brought it."""
+        kind = _key("embeddings", {**body, "input": []})
+        found: dict[str, tuple[int, Any]] = {}
+        for number in range(self._old, len(self.calls)):
+            call = self.calls[number]
+            texts = call["request"].get("input")
+            if call["endpoint"] != "embeddings" or call["status"] != 200 or not isinstance(texts, list):
+                continue
+            if _key("embeddings", {**call["request"], "input": []}) == kind:
+                entries = call["reply"]["data"]
+                by_index = {entry.get("index", at): entry["embedding"] for at, entry in enumerate(entries)}
+                found |= {text: (number, by_index[at]) for at, text in enumerate(texts) if text not in found}
+        return found
+
+    async def _batch(self, request: Any, content: bytes) -> tuple[int, Any] | None:
+        """The answer to a request about batches; each request inside one is a call like any other."""
+        method, path = request.method, request.url.path
+        replies: dict[str, tuple[int, dict[str, Any]]] = {}
+        used = set(self._used)
+        try:
+            for custom_id, address, body in self._batches.requests(method, path, content):
+                replies[custom_id] = await self._one_of_batch(request, _endpoint("POST", address), body)
+        except BaseException:
+            self._used = used  # nobody got them: who hands the batch over again finds all that is recorded by now
+            raise
+        kind = request.headers.get("content-type", "")
+        return self._batches.handle(method, path, kind, content, lambda custom_id, *_: replies[custom_id])
+
+    async def _one_of_batch(self, request: Any, endpoint: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        call = self._take(endpoint, body)
+        if call is not None:
+            return call["status"], call["reply"]
         if self.mode == "none":
-            self.missing.append(self._not_found(endpoint, body, key))
+            self.missing.append(self._not_found(endpoint, body))
             raise NotRecorded(self.missing[-1])
-        return await self._record(request, endpoint, body, streamed)
+        answer = await self._record(_alone(request, endpoint, body), endpoint, body, False)
+        found = _content(answer, endpoint)
+        return answer.status_code, found if isinstance(found, dict) else {"error": {"message": answer.text}}
 
     async def _record(self, request: Any, endpoint: str, body: dict[str, Any], streamed: bool) -> Any:
         import httpx2
 
+        if endpoint == "embeddings" and isinstance(body.get("input"), list):
+            known = self._vectors(body)
+            missing = [text for text in body["input"] if redact(str(text)) not in known]
+            if len(missing) < len(body["input"]):
+                asked = {**body, "input": missing}
+                answer = await self._record(_with_body(request, asked), endpoint, asked, False)
+                call = self._take(endpoint, body)
+                return answer if call is None else _response(call, body, False)
         provider = asking.get()
         async with httpx2.AsyncClient(follow_redirects=True) as client:
             answer = await client.send(request)
         content = _content(answer, endpoint)
         if answer.status_code >= 400 or content is None:
-            kept = [(k, v) for k, v in answer.headers.items() if k not in ("content-encoding", "content-length")]
-            return httpx2.Response(answer.status_code, headers=kept, content=answer.content)
+            return _passed_on(answer)
         call = {
             "provider": provider,
             "endpoint": endpoint,
-            "request": _plain(body),
+            "request": plain_request(body),
             "status": answer.status_code,
             "request_id": answer.headers.get("x-request-id") or answer.headers.get("request-id"),
             "reply": redact_value(content),
@@ -148,8 +242,9 @@ class Recording:
     def _write(self) -> None:
         write(self.path, self.calls)
 
-    def _not_found(self, endpoint: str, body: dict[str, Any], key: str) -> str:
-        asked = _words({"endpoint": endpoint, "request": _plain(body), "provider": asking.get()})
+    def _not_found(self, endpoint: str, body: dict[str, Any]) -> str:
+        key = _key(endpoint, body)
+        asked = _words({"endpoint": endpoint, "request": plain_request(body), "provider": asking.get()})
         head = f"No recording fits this request: {asked}. Nothing was sent.\n"
         tail = f"To ask the model and record its answer (this costs money): {self._command}"
         if key in self._keys:
@@ -181,71 +276,52 @@ class Recording:
         )
 
 
-def write(path: Path, calls: list[dict[str, Any]]) -> None:
-    """Write a recording, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"agentflow_recording": _VERSION, "calls": calls}, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def export_recording(run_id: str, path: str | os.PathLike[str]) -> int:
-    """Write the model calls of a recorded run as a recording for tests; how many there are.
-
-    Args:
-        run_id: the run's id or an unambiguous part of it; ``"scratch"`` for what stands outside workflows
-            (cells of a notebook, lines of a script).
-        path: the file, which must not exist yet.
-
-    Replies that an edit has superseded are in it too; a test reports them as unused, and
-    ``--agentflow-record=once`` removes them. Secrets are masked. Embeddings are left out.
-
-    Raises:
-        RunNotFound: there is no such run.
-        UsageError: the file exists, or the run has no model calls.
-    """
-    file = Path(path)
-    if file.exists():
-        raise UsageError(f"{file} exists already. Remove it, or name another file.")
-    journal = open_journal()
-    known = run_id if run_id == "scratch" else str(rundocs.find(journal, run_id)["id"])
-    found = [json.loads(text) for _, text in journal.scan(f"m/{in_key(known)}/")]
-    # Texts and vectors of embeddings stand elsewhere in the journal: these records do not hold what was sent.
-    found = [raw for raw in found if not (isinstance(raw["body"], dict) and isinstance(raw["body"].get("data"), int))]
-    calls = [_exported(raw) for raw in sorted(found, key=lambda raw: str(raw["at"]))]
-    if not calls:
-        raise UsageError(f"run {known} in {journal.path} has no model calls, so there is nothing to record.")
-    write(file, calls)
-    return len(calls)
-
-
-def _exported(raw: dict[str, Any]) -> dict[str, Any]:
-    body = raw["request"]
-    if "input" in body:
-        endpoint = "responses"
-    else:
-        endpoint = "messages" if isinstance(raw["body"], dict) and raw["body"].get("type") == "message" else ""
-        endpoint = endpoint or "chat/completions"
-    return {
-        "provider": raw["provider"],
-        "endpoint": endpoint,
-        "request": _plain(body),
-        "status": raw["status"],
-        "request_id": raw["request_id"],
-        "reply": redact_value(raw["body"]),
-    }
-
-
-def _plain(body: dict[str, Any]) -> dict[str, Any]:
-    """A request as it is written: what is asked, not how the answer travels."""
-    kept = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    made: dict[str, Any] = redact_value(shortened(kept))
-    return made
-
-
 def _key(endpoint: str, body: dict[str, Any]) -> str:
-    return endpoint + json.dumps(_plain(body), sort_keys=True, ensure_ascii=False)
+    return endpoint + json.dumps(plain_request(body), sort_keys=True, ensure_ascii=False)
+
+
+def _passed_on(answer: Any) -> Any:
+    """An answer as it came, without what it was wrapped in."""
+    import httpx2
+
+    kept = [(k, v) for k, v in answer.headers.items() if k not in ("content-encoding", "content-length")]
+    return httpx2.Response(answer.status_code, headers=kept, content=answer.content)
+
+
+def _with_body(request: Any, body: dict[str, Any]) -> Any:
+    import httpx2
+
+    return httpx2.Request("POST", request.url, headers=_headers_of(request), json=body)
+
+
+def _headers_of(request: Any) -> list[tuple[str, str]]:
+    """Without what describes its body."""
+    own = ("content-length", "content-type", "transfer-encoding")
+    return [(name, value) for name, value in request.headers.items() if name.lower() not in own]
+
+
+def _alone(request: Any, endpoint: str, body: dict[str, Any]) -> Any:
+    """One request of a batch as a call of its own, to the server that the batch was for."""
+    import httpx2
+
+    root = request.url.path.removesuffix("/batches").removesuffix("/messages")
+    url = request.url.copy_with(path=f"{root}/{endpoint}")
+    return httpx2.Request("POST", url, headers=_headers_of(request), json=body)
+
+
+def _embedded(calls: list[dict[str, Any]], body: dict[str, Any], used: list[tuple[int, Any]]) -> dict[str, Any]:
+    """A reply made of vectors that came with others; its usage is their share, by characters, of what those cost."""
+    data = [{"object": "embedding", "index": at, "embedding": vector} for at, (_, vector) in enumerate(used)]
+    shares: dict[int, int] = {}
+    for (number, _), text in zip(used, body["input"], strict=True):
+        shares[number] = shares.get(number, 0) + len(text)
+    tokens = 0
+    for number, length in shares.items():
+        whole = sum(map(len, calls[number]["request"]["input"])) or 1
+        tokens += -(-(calls[number]["reply"].get("usage") or {}).get("prompt_tokens", 0) * length // whole)
+    first = calls[used[0][0]]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {**first, "request_id": None, "reply": {**first["reply"], "data": data, "usage": usage}}
 
 
 def _endpoint(method: str, path: str) -> str:
@@ -258,14 +334,15 @@ def _endpoint(method: str, path: str) -> str:
 
 def _lines(endpoint: str, body: dict[str, Any]) -> list[str]:
     """A request as lines for people: texts of several lines are several lines."""
-    text = json.dumps(_plain(body), indent=2, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(plain_request(body), indent=2, ensure_ascii=False, sort_keys=True)
     return [endpoint, *text.replace("\\n", "\n        ").splitlines()]
 
 
 def _words(call: dict[str, Any]) -> str:
     body = call["request"]
     path = f"/{call['endpoint'].removeprefix('GET ')}"
-    text = request_of(path, body)["text"]
+    texts = body.get("input") if call["endpoint"] == "embeddings" else None
+    text = " | ".join(map(str, texts)) if isinstance(texts, list) else request_of(path, body)["text"]
     return f"{call.get('provider') or call['endpoint']}:{body.get('model')} {text[:80]!r}"
 
 
@@ -320,7 +397,7 @@ def _load(path: Path) -> tuple[list[dict[str, Any]], bool]:
         raise UsageError(f"{path} is no recording: it is not JSON ({error}). Remove it and record anew.") from error
     if isinstance(data, dict) and "interactions" in data:
         return _cassette(path, data), True
-    if not isinstance(data, dict) or data.get("agentflow_recording") != _VERSION:
+    if not isinstance(data, dict) or data.get("agentflow_recording") != VERSION:
         raise UsageError(f"{path} is no recording that this version reads. Remove it and record anew.")
     calls = data["calls"]
     for number, call in enumerate(calls):

@@ -56,7 +56,7 @@ def retry(
             for name in ("undoing", "compensated"):
                 document.pop(name, None)
             if failed:
-                document["retry_upto"] = document["epoch"]
+                rundocs.note_retry(document)
         kept = {name: text for name, text in document.get("results", {}).items() if not _names(rows, gone, name)}
         document["results"] = kept | given
         if target is not None:  # a child that failed after that step is asked for anew
@@ -104,7 +104,8 @@ def fork(
         made: dict[str, Any] = {name: document[name] for name in ("workflow", "epoch", "code") if name in document}
         kept = {name: value for name, value in document.get("results", {}).items() if not _names(rows, left, name)}
         made |= {"id": run_id, "created_at": time.time(), "input": text, "parent": parent, "results": kept | given}
-        made |= {"forked_at": from_step, "retry_upto": document["epoch"], "digest": None, "status": None}
+        made |= {"forked_at": from_step, "retried": rundocs.retried(document), "digest": None, "status": None}
+        rundocs.note_retry(made)
         # The document comes last: a fork that was cut off is no run.
         ops += rundocs.write(made, "interrupted")
     except BaseException:

@@ -2,7 +2,8 @@
 
 Nothing here runs a step. The order of the questions is the order of ``find``: a record at exactly this
 place; one of the same branch; after siblings had their turn, one from elsewhere, or one that was given the
-same but for accidents of the moment. Then ``judge``: may this record be used as it is?
+same but for accidents of the moment; one that a sibling has not asked for when it ends. Then ``judge``: may
+this record be used as it is?
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import orjson
 
 from agentflow.calls import Call
 from agentflow.errors import NondeterministicStep, StepChanged
-from agentflow.index import Row, Slot
+from agentflow.index import BRANCH, NS, Row, Slot
+from agentflow.journal import Add
 
 Effect = tuple[Any, ...]
 
@@ -41,6 +43,9 @@ def find(call: Call) -> Generator[Effect, Any, Row | None]:
             # Siblings that have this record in their own place get the chance to claim it first.
             yield ("settle",)
             slot = ex.elsewhere(call) or like(call)
+            if slot is None and ex.kept_by_sibling(call):
+                yield ("let_siblings",)
+                slot = ex.elsewhere(call)
         if slot is None:
             if ex.records.lent(call.ident):
                 raise located(
@@ -54,7 +59,9 @@ def find(call: Call) -> Generator[Effect, Any, Row | None]:
             if ex.others(call):
                 _refuse_changed(call)
                 ex.missed(call)
-            return None
+            slot = _started_before(call)
+            if slot is None:
+                return None
         call.slot = slot
         ex.take(call, slot)
     return judge(call, slot)
@@ -210,6 +217,50 @@ def like(call: Call) -> Slot | None:
         f"{'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
     )
     return slot
+
+
+def doubt_rows(call: Call, slot: Slot, attempt: int, order: list[int]) -> list[Add]:
+    """What says durably that an attempt starts, where that must not go unnoticed (``in_doubt`` is "raise" or "ask").
+
+    A call whose given holds what could be an accident of the moment is kept with it: the next process will ask for it
+    with another clock reading or uuid, and has to learn that it was in flight all the same.
+    """
+    ex = call.ex
+    key = f"{ex.key}/{call.occ}.{slot.n + 1}.{attempt}"
+    rows = [Add(f"d/{key}", call.name)]
+    if slot.n < 0 and len(call.given) <= 65536 and _MOMENT.search(call.given):
+        head = {"ident": slot.ident, "place": slot.place, "s0": order, "w0": ex.session}
+        rows.append(Add(f"dg/{key}", Row.compose(head | {"asked": time.time()}, "null", call.given)))
+    return rows
+
+
+def _started_before(call: Call) -> Slot | None:
+    """A call that was in flight and differs only by accidents of the moment: this is the same call, and in doubt."""
+    from agentflow.compare import differences
+
+    ex = call.ex
+    if call.options.in_doubt == "rerun" or ex.prior is None or ex.scratch or not _MOMENT.search(call.given):
+        return None
+    prefix, others = f"dg/{ex.key}/", ex.siblings(call)
+    for key, text in ex.journal.scan(prefix):
+        row, number = Row(key, text), key[len(prefix) :]
+        head = row.head
+        if head["ident"][:NS] != call.ident[:NS] or head["place"][:BRANCH] in others:
+            continue
+        slot = ex.records.at(head["ident"], head["place"])
+        if (slot is not None and (slot.claimed or slot.n >= 0)) or ex.journal.get(f"d/{ex.key}/{number}") is None:
+            continue
+        diffs = differences(
+            row.given,
+            call.given,
+            old_window=(head["w0"], head["asked"]),
+            new_window=(ex.session, time.time()),
+            known=functools.partial(_known, ex, row),
+        )
+        if diffs and all(d.accident for d in diffs):
+            ex.warn(f"{call.name}: was started before, and {_accidents(diffs)} differs: it is the same call, in doubt")
+            return slot or ex.records.add(Slot(head["ident"], head["place"], number.partition(".")[0]))
+    return None
 
 
 def _known(ex: Any, row: Row, text: str) -> bool:

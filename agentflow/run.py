@@ -6,12 +6,14 @@ carried out, with asyncio or without, in ``drive.py``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -76,7 +78,7 @@ class Execution:
     lease: Any = None
     asked: int = 0
     number: int = 1
-    retry_upto: int = 0
+    retried: list[int] = field(default_factory=list)
     undoing: bool = False
     prior: str | None = None
     budget: RunBudget | None = None
@@ -93,6 +95,7 @@ class Execution:
     cancelling: bool = False
     cancelled: bool = False
     ask: Any = None
+    terminal: Any = None
     session: float = field(default_factory=time.time)
     totals: Totals = field(default_factory=Totals)
     saved_by: dict[tuple[str, str], Decimal] = field(default_factory=dict)
@@ -139,7 +142,9 @@ class Execution:
     _uuids: dict[str, list[int]] | None = None
     _starts: list[tuple[str, list[int]]] | None = None
     _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    _live_branches: set[str] = field(default_factory=set)
+    _live_branches: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    _patient: Counter[str] = field(default_factory=Counter)
+    _waited_for: set[str] = field(default_factory=set)
     _labels: dict[tuple[str, str, str], int] = field(default_factory=dict)
     naming: str | None = None
     _cell: Any = None
@@ -255,7 +260,9 @@ class Execution:
         if label is None:
             label = self.label("task", place)
         arrived = place.branching(label, task)
-        self._live_branches.add(short(arrived.branch, BRANCH))
+        self.expect_branches(place, [label])
+        if task not in self.tasks:
+            task.add_done_callback(lambda _: self.branches_ended(place, [label]))
         here.set(arrived)
         return arrived
 
@@ -271,7 +278,19 @@ class Execution:
     def expect_branches(self, place: Here, labels: list[str]) -> None:
         """Branches that will come: their records are theirs even before they ask."""
         for label in labels:
-            self._live_branches.add(short(f"{place.branch}/{label}", BRANCH))
+            branch = f"{place.branch}/{label}"
+            self._live_branches.setdefault(short(branch, BRANCH), set()).add((place.scope, branch))
+
+    def branches_ended(self, place: Here, labels: list[str]) -> None:
+        """Branches that ask for nothing any more: what is left of their records may be used elsewhere."""
+        for label in labels:
+            branch = f"{place.branch}/{label}"
+            name = short(branch, BRANCH)
+            alive = self._live_branches.get(name)
+            if alive is not None:
+                alive.discard((place.scope, branch))
+                if not alive:
+                    del self._live_branches[name]
 
     def is_left(self, place: Here) -> bool:
         """Whether a sibling's failure has ended the branch that stands here (plain code, which nothing can cancel)."""
@@ -300,11 +319,38 @@ class Execution:
         return self._own_code(call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch))
 
     def elsewhere(self, call: Call) -> Slot | None:
-        """One from a branch that is not there any more; a branch that is there asks for its own."""
-        live = self._live_branches
-        return self._own_code(
-            call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch not in live)
-        )
+        """One from a branch that is not there any more; a branch that is there asks for its own.
+
+        One that waits for a sibling's record itself may lack its own because the two were exchanged.
+        """
+        live, patient = self._live_branches, self._patient
+        found = (s for s in self.records.slots(call.ident) if not s.claimed)
+        return self._own_code(call, (s for s in found if s.branch not in live or s.branch in patient))
+
+    def kept_by_sibling(self, call: Call) -> bool:
+        """Whether a sibling that is still there has a record of this ident that it has not asked for yet.
+
+        Once it was waited for in vain, as by a poll in a loop, the answer is no.
+        """
+        if call.ident in self._waited_for:
+            return False
+        live, patient = self._live_branches, self._patient
+        kept = (s.branch for s in self.records.slots(call.ident) if s.n >= 0 and not s.claimed)
+        return any(branch in live and branch not in patient for branch in kept)
+
+    @contextlib.contextmanager
+    def patience(self, call: Call) -> Iterator[None]:
+        """While a call waits for what a sibling may leave to it, or stands where its plan ends."""
+        name = short(call.here.branch, BRANCH)
+        self._patient[name] += 1
+        try:
+            yield
+            if self.kept_by_sibling(call):
+                self._waited_for.add(call.ident)
+        finally:
+            self._patient[name] -= 1
+            if not self._patient[name]:
+                del self._patient[name]
 
     def others(self, call: Call) -> bool:
         return self.records.free(call.ident[:NS]) > 0
@@ -314,8 +360,12 @@ class Execution:
 
     def near(self, call: Call) -> list[Slot]:
         """Unclaimed records of that name, but for those of other branches that are there."""
-        others = self._live_branches - {short(call.here.branch, BRANCH)}
+        others = self.siblings(call)
         return [slot for slot in self.unclaimed(call) if slot.branch not in others]
+
+    def siblings(self, call: Call) -> set[str]:
+        """The branches that are there, but for the call's own."""
+        return self._live_branches.keys() - {short(call.here.branch, BRANCH)}
 
     def take(self, call: Call, slot: Slot, how: bool | str = True) -> None:
         """Claim a slot for a call, and with it for the attempts of the steps around it."""
@@ -354,6 +404,8 @@ class Execution:
         elif slot.n >= 0 and not self.scratch:
             # What was recorded and paid for inside the version before is found under its id, wherever it stood.
             call.occ = self.records.row(slot, slot.n).head["occ"]
+        elif slot.occ:
+            call.occ = slot.occ
         return slot
 
     def _name_apart(self, call: Call) -> None:
@@ -363,8 +415,10 @@ class Execution:
         """
         taken = self._ids.get(call.ident)
         if taken is None:
-            slots = [slot for slot in self.records.slots(call.ident) if slot.n >= 0]
-            taken = self._ids[call.ident] = {self.records.row(slot, slot.n).head["occ"] for slot in slots}
+            slots = self.records.slots(call.ident)
+            taken = {self.records.row(slot, slot.n).head["occ"] for slot in slots if slot.n >= 0}
+            taken |= {slot.occ for slot in slots if slot.n < 0}
+            self._ids[call.ident] = taken
         counted, number = call.counted, 0
         while call.occ in taken:
             number += 1
@@ -393,7 +447,7 @@ class Execution:
             return f"{outer.name} is tried again"
         if call.kind == "compensation":
             return "it failed last time"
-        if head["s1"][0] > self.retry_upto:
+        if not self._failed_with(head):
             return None
         if self._handled(head):
             self.say_once(
@@ -405,7 +459,7 @@ class Execution:
 
     def tried_again(self, failure: dict[str, Any]) -> bool:
         """Whether what failed (it has ``s1`` and ``branch``, as a record's head) is tried again, and not history."""
-        return bool(failure["s1"][0] <= self.retry_upto) and not self._handled(failure)
+        return self._failed_with(failure) > 0 and not self._handled(failure)
 
     def retries(self, slot: Slot, n: int) -> bool:
         """Whether a late result may stand in for the failure recorded before it."""
@@ -414,16 +468,20 @@ class Execution:
         head = self.records.row(slot, n - 1).head
         return head["status"] != "failed" or self.tried_again(head)
 
+    def _failed_with(self, head: dict[str, Any]) -> int:
+        """The first execution after this failure that failed and is run again, or 0: so long, code may handle it."""
+        return min((number for number in self.retried if number >= head["s1"][0]), default=0)
+
     def _handled(self, head: dict[str, Any]) -> bool:
-        """Whether a step of the same or an enclosing branch was started after the failure."""
+        """Whether a step of the same or an enclosing branch was started after the failure, before the run failed."""
         if self._starts is None:
             rows = (Row(key, text).head for key, text in self.journal.scan(self.records.prefix) if "!" not in key)
             self._starts = [(row["branch"], row["s0"]) for row in rows if not row.get("late")]
             children = (orjson.loads(text) for _, text in self.journal.scan(f"cs/{self.key}/"))
             self._starts += [(child["branch"], child["s0"]) for child in children]
-        branch, end = head["branch"], head["s1"]
+        branch, end, last = head["branch"], head["s1"], self._failed_with(head)
         return any(
-            start > end and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
+            end < start < [last + 1] and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
             for other, start in self._starts
         )
 
@@ -589,11 +647,14 @@ class Execution:
             state.paid = any(True for place in places for _ in self.journal.keys(place, limit=1))
         return state
 
-    def started(self, call: Call, slot: Slot, current: Current, order: list[int]) -> None:
-        """Mark that an attempt starts."""
-        if not self.scratch and call.wait is None and call.kind != "agent":  # what is inside has marks of its own
-            line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "a": current.attempt, "s": order, "t": self.clock()}
-            self.journal.mark(self.run_id, orjson.dumps(line).decode())
+    def started(self, call: Call, slot: Slot, current: Current) -> None:
+        """Mark that an attempt starts, and where the call stands: edited code may ask for it elsewhere."""
+        if self.scratch:
+            return
+        line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "i": slot.ident, "p": slot.place, "a": current.attempt}
+        if call.wait is not None or call.kind == "agent":  # is never in doubt; what is inside has marks of its own
+            line["v"] = -1
+        self.journal.mark(self.run_id, orjson.dumps(line).decode())
 
     def unstart(self, call: Call, slot: Slot, current: Current) -> None:
         """The attempt was left because its run suspends: waiting inside it leaves nothing in doubt."""
@@ -614,7 +675,7 @@ class Execution:
     def goes_on(self, steps: list[Current]) -> list[Op]:
         """What says again that these steps are in flight."""
         for step in steps:
-            self.started(step.call, step.facts[0], step, step.facts[1])
+            self.started(step.call, step.facts[0], step)
         return [
             Add(f"d/{self.key}/{step.id}.{step.version}.{step.attempt}", step.name)
             for step in steps
@@ -622,11 +683,30 @@ class Execution:
         ]
 
     def load_marks(self) -> None:
+        """What was started before: it may be in doubt, and what is recorded inside it is for whoever asks for it."""
+        places: dict[str, dict[str, Any]] = {}
         for line in self.journal.marks(self.run_id):
             facts = orjson.loads(line)
             place = (facts["v"], facts.get("a", 0))
             *before, times = self.marks.get(facts["o"], (0, 0, 0))
             self.marks[facts["o"]] = (*place, times + 1 if tuple(before) == place else 1)
+            if "p" in facts:
+                places[facts["o"]] = facts
+        for occ, facts in places.items():
+            if self.records.at(facts["i"], facts["p"]) is None:
+                self.records.add(Slot(facts["i"], facts["p"], occ))
+
+    def settle_marks(self) -> None:
+        """The run has ended, and nothing is in doubt. If it failed, what a cancelled step holds is not forgotten."""
+        kept = {}
+        for line in self.journal.marks(self.run_id):
+            facts = orjson.loads(line)
+            slot = self.records.at(facts["i"], facts["p"]) if "p" in facts else None
+            if slot is not None and slot.n < 0:
+                kept[facts["o"]] = {**facts, "v": -1}
+        self.journal.clear_marks(self.run_id)
+        for facts in kept.values():
+            self.journal.mark(self.run_id, orjson.dumps(facts).decode())
 
     def doubt(self, call: Call) -> None:
         self.totals.doubts += 1

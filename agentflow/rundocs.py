@@ -165,3 +165,14 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 def slug(name: str) -> str:
     return _UNSAFE.sub("-", name).strip("-") or "run"
+
+
+def note_retry(document: dict[str, Any]) -> None:
+    """The run failed in its last execution and is run again: what failed in it is tried again."""
+    document["retried"] = [*retried(document), document["epoch"]]
+
+
+def retried(document: dict[str, Any]) -> list[int]:
+    """The executions at whose ends the run had failed before it was run again, oldest first."""
+    earlier = document.get("retry_upto")  # of a version that kept the last one only
+    return list(document.get("retried", [] if earlier is None else [earlier]))

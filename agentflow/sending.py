@@ -246,14 +246,14 @@ def _waiting(ticket: Ticket, what: str) -> Iterator[None]:
     """Waiting leaves nothing in doubt, and does not count against the timeouts of the steps around."""
     ticket.call.ex.say_once(f"{ticket.call.name}: waits for the {what}, held by calls before it")
     call, current = ticket.call, ticket.current
-    slot, order = current.facts[:2]
+    slot = current.facts[0]
     stopped = stop_clocks()
     call.ex.unstart(call, slot, current)
     try:
         yield
     finally:
         start_clocks(stopped)
-    call.ex.started(call, slot, current, order)
+    call.ex.started(call, slot, current)
 
 
 async def _turn(ticket: Ticket, line: Line, admit: Admit, what: str) -> None:

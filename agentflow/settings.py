@@ -36,6 +36,7 @@ class Settings:
     notify: Callable[[Any], object] | None = None
     authorize: Callable[[Any, str | None], bool] | None = None
     quiet: bool = False
+    ask: bool = True
     clock: Callable[[], float] | None = None
     budget: Any = None  # a budgets.Period
     looking: bool = False  # a command imports the user's module to look at it: nothing may be run
@@ -74,6 +75,7 @@ def configure(
     budget: str | None = _UNSET,
     limits: Mapping[str, Any] | None = _UNSET,
     quiet: bool = _UNSET,
+    ask: bool | None = _UNSET,
 ) -> None:
     """Set defaults for this process. What is not named stays as it is; None restores the default.
 
@@ -90,6 +92,8 @@ def configure(
             seconds, for each model that is named so. Calls beyond wait, first come, first served, and a Retry-After
             of the provider holds up all calls of such a model.
         quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.
+        ask: False never asks people in the terminal. Else a run with ``options(wait=True)`` does, where stdin and
+            stderr are a terminal, but in tests and notebooks. ``AGENTFLOW_ASK=0`` says the same as False.
 
     Raises:
         UsageError: a value of the wrong kind.
@@ -126,6 +130,8 @@ def configure(
         set_extra(redact if redact is not None else ())
     if quiet is not _UNSET:
         settings.quiet = bool(quiet)
+    if ask is not _UNSET:
+        settings.ask = ask is None or bool(ask)
 
 
 if not log.handlers:

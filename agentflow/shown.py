@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any
 
 import orjson
 
 from agentflow.redact import redact_value
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """Text without what could steer a terminal."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def shown(value: Any) -> Any:

@@ -456,6 +456,8 @@ async def _fan_out(
             await asyncio.wait(running)
             for task in running:
                 task.cancelled() or task.exception()
+        if ex is not None and place is not None:
+            ex.branches_ended(place, [name for name in names if name is not None])
         for index in waiting:
             if index < len(made) and hasattr(made[index], "close"):
                 made[index].close()

@@ -116,9 +116,13 @@ def workflow(
     budget: Any = None,
     on_change: str = "auto",
     run_id: Any = None,
+    schedule: str | None = None,
+    timezone: str | None = None,
+    catch_up: str = "latest",
 ) -> Any:
     """``agentflow.workflow`` for plain ``def`` functions. After its ``timeout`` the function ends at its next step."""
     options = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
+    options |= {"schedule": schedule, "timezone": timezone, "catch_up": catch_up}
     options |= {"blocking": True, "kind": Workflow}
     if callable(name):
         return flow.define(name, None, **options)
@@ -209,6 +213,8 @@ def _fan_out(
             for future in done:
                 index = running.pop(future)
                 ended += 1
+                if ex is not None and place is not None:
+                    ex.branches_ended(place, [names[index]])
                 error = future.exception()
                 if error is None:
                     results[index] = future.result()
@@ -221,6 +227,8 @@ def _fan_out(
     finally:
         for future in running:
             future.add_done_callback(lambda _: count_going(ex, -1))
+        if ex is not None and place is not None:
+            ex.branches_ended(place, [names[index] for index in (*running.values(), *waiting)])
         count_going(ex, 1 - ended)
     if first is not None:
         raise first

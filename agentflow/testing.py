@@ -15,7 +15,7 @@ from agentflow import schema
 from agentflow.batchserver import EXPIRED, BatchServer
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
 from agentflow.models import Request
-from agentflow.providers.common import asking, digest, use_transport
+from agentflow.providers.common import asking, digest, transport, use_transport
 from agentflow.redact import redact
 from agentflow.scripted import NOTHING, Billed, Script, When, bill, shown, when
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from agentflow.clock import FakeClock
     from agentflow.crashes import crash_points
     from agentflow.histories import export_history, replay_histories
-    from agentflow.people import FakePeople, Reject
-    from agentflow.recordings import NotRecorded, Recording, export_recording
+    from agentflow.people import FakePeople, Reject, event
+    from agentflow.recordings import NotRecorded, Recording
+    from agentflow.replies import export_recording
 
 __all__ = [
     "Billed",
@@ -37,6 +38,7 @@ __all__ = [
     "ToolCall",
     "When",
     "crash_points",
+    "event",
     "export_history",
     "export_recording",
     "replay_histories",
@@ -54,8 +56,9 @@ _HOME = {
     "Recording": "recordings",
     "Reject": "people",
     "crash_points": "crashes",
+    "event": "people",
     "export_history": "histories",
-    "export_recording": "recordings",
+    "export_recording": "replies",
     "replay_histories": "histories",
 }
 
@@ -155,21 +158,33 @@ class FakeModel:
         self.unexpected: list[Request] = []
         self._script = Script(replies)
         self._before: Any = None
+        self._mock: Any = None
         self._flights: dict[str, list[Any]] = {}  # id of a call in the background: its reply, and looks that are left
         self._batches = BatchServer(polls)
 
     def __enter__(self) -> FakeModel:
         import httpx2
 
-        self._before = use_transport(httpx2.MockTransport(self._answer))
+        self._mock = httpx2.MockTransport(self._answer)
+        self._before = use_transport(self._mock)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        use_transport(self._before)
+        self.stop()
         if kind is None:
             self.check()
+
+    def start(self) -> FakeModel:
+        """Answer from here on until ``stop()``, where a ``with`` block cannot stand: in the cells of a notebook."""
+        return self if self._mock is not None and transport() is self._mock else self.__enter__()
+
+    def stop(self) -> None:
+        """Undo ``start()``: calls go where they went before. ``check()`` tells whether they were those expected."""
+        if self._mock is not None:
+            use_transport(self._before)
+            self._mock = None
 
     def check(self) -> None:
         """Fail if a call came that no reply was given for, or a reply was given that no call came for.
@@ -212,6 +227,8 @@ class FakeModel:
             return httpx2.Response(status, text=body) if isinstance(body, str) else httpx2.Response(status, json=body)
         if request.method == "GET":
             return self._look(path.rpartition("/")[2])
+        if path.endswith("/cancel"):
+            return self._cancel(path.split("/")[-2])
         asked = request_of(path, json.loads(content))
         try:
             status, headers, body = await self._reply(asked)
@@ -261,6 +278,13 @@ class FakeModel:
             return httpx2.Response(200, json=body)
         flight[1] = left and left - 1
         return httpx2.Response(200, json={**body, "status": "in_progress", "output": [], "usage": None})
+
+    def _cancel(self, ident: str) -> Any:
+        """A call in the background that is cancelled; one that has ended stays as it is."""
+        flight = self._flights.get(ident)
+        if flight is not None and flight[1] != 0:
+            flight[:] = [{**flight[0], "status": "cancelled", "output": [], "usage": None}, 0]
+        return self._look(ident)
 
     async def _batch(self, request: Any, content: bytes) -> tuple[int, Any] | None:
         """The answer to a request about batches, each request inside one answered by a reply of its own."""

@@ -31,6 +31,19 @@ def arguments(fn: Callable[..., Any], workflow: str, given: dict[str, Any]) -> d
     return checked
 
 
+def annotated(fn: Callable[..., Any], workflow: str, name: str, value: Any) -> None:
+    """Refuse a function whose annotation does not take a value that it will be given, as far as that can be told.
+
+    Asked while the function is defined: names that its annotations use may not be there yet, so nothing is kept.
+    """
+    try:
+        hint = typing.get_type_hints(fn).get(name, Any)
+    except Exception:  # names that are not there yet, or that only a type checker sees
+        return
+    if not _fits(hint, value):
+        _validated(workflow, name, hint, value)
+
+
 def _fits(hint: Any, value: Any) -> bool:
     """Whether no further look is needed: unannotated, a plain type, or an instance of the class asked for."""
     if hint is Any or isinstance(hint, typing.TypeVar):

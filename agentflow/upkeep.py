@@ -275,6 +275,7 @@ _NAMES = {
     "due": "runs by due time", "wake": "woken runs", "ch": "runs inside runs", "cp": "callers of runs",
     "worker": "workers", "lease-worker": "leases of workers", "l": "ledger", "lr": "set aside in budgets",
     "ev": "events", "en": "count of events", "w": "waits for events", "wn": "waits for events by name",
+    "sc": "schedules", "ab": "cancelled runs with something at a provider", "lease-ab": "leases of these",
     "i": "background calls", "b": "batches", "bm": "calls in batches", "bq": "requests of batches",
     "be": "errors of batches", "cs": "starts of runs inside runs", "cf": "failures of runs inside runs",
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """A worker: goes on with the runs that are due, without anybody running their script again.
 
-Due is a run that was interrupted (its process is gone), that somebody has answered, or whose time has come. Each is
+Due is a run that was interrupted (its process is gone), that somebody has answered, or whose time has come; a tick of
+a schedule makes one (``schedules.py``). Each is
 found in an index of its own (``x/interrupted/``, ``x/running/``, ``wake/``, ``due/``), so what it costs to look does
 not depend on how many runs have ended or wait. Between two looks the worker asks SQLite whether anybody has
 committed, which reads shared memory and no disk.
@@ -22,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import children, rundocs
+from agentflow import children, leftover, rundocs
 from agentflow.calls import Suspend
 from agentflow.drive import halt
 from agentflow.errors import RunBusy, RunCancelled, UsageError, Waiting
@@ -32,8 +33,9 @@ from agentflow.journal import Drop, Journal, Put, Txn
 from agentflow.lease import Lease, acquire, alive, gone, holder
 from agentflow.opening import executing
 from agentflow.redact import redact
+from agentflow.schedules import Ticker
 from agentflow.scratch import open_journal
-from agentflow.settings import log, settings
+from agentflow.settings import log, now
 
 LOOK = 1.0  # seconds between two looks when nobody commits: a process may have died, a time may have come
 PAUSE = 0.05
@@ -41,10 +43,10 @@ _ENDED = ("completed", "failed", "cancelled")
 _MOST_BACKOFF = 300.0
 
 
-def due(journal: Journal, now: float) -> Iterator[dict[str, Any]]:
-    """The documents of all runs that could go on now, each once; ``now`` in epoch seconds."""
+def due(journal: Journal, at: float) -> Iterator[dict[str, Any]]:
+    """The documents of all runs that could go on now, each once; ``at`` in epoch seconds."""
     seen: set[str] = set()
-    for run_id in _candidates(journal, now):
+    for run_id in _candidates(journal, at):
         document = _outermost(journal, run_id)
         if document is None or document["id"] in seen:
             continue
@@ -54,10 +56,10 @@ def due(journal: Journal, now: float) -> Iterator[dict[str, Any]]:
             yield document
 
 
-def _candidates(journal: Journal, now: float) -> Iterator[str]:
+def _candidates(journal: Journal, at: float) -> Iterator[str]:
     for status in ("interrupted", "running"):
         yield from (run_id for _, run_id in journal.scan(f"x/{status}/"))
-    for prefix, before in (("wake/", None), ("due/", f"due/{int(now * 1000) + 1:014d}")):
+    for prefix, before in (("wake/", None), ("due/", f"due/{int(at * 1000) + 1:014d}")):
         for key, run_id in journal.scan(prefix, before=before):
             document = rundocs.read(journal, run_id)
             if document is None or document["status"] in _ENDED:
@@ -115,6 +117,7 @@ class Worker:
         self._retry_at: dict[str, tuple[int, float]] = {}
         self._stops = 0
         self._news = asyncio.Event()
+        self._collect_at = 0.0
 
     async def run(self) -> None:
         """Work until ``stop``, SIGTERM or Ctrl-C."""
@@ -125,7 +128,10 @@ class Worker:
             loop.add_signal_handler(each, self.stop)
         lease = self._enrol(journal)
         try:
-            await self._work(journal)
+            ticker = Ticker(journal, self.flows.values(), now())
+            for line in ticker.lines():
+                log.info("%s", line)
+            await self._work(journal, ticker)
             await self._drain()
         finally:
             for each in signals:
@@ -138,12 +144,12 @@ class Worker:
         self._stops += 1
         self._news.set()
 
-    async def _work(self, journal: Journal) -> None:
+    async def _work(self, journal: Journal, ticker: Ticker) -> None:
         while not self._stops:
             self._news.clear()
             version = journal.version()
-            started = 0
-            for document in due(journal, _now()):
+            started = ticker.tick(now()) + self._collect(journal)
+            for document in due(journal, now()):
                 if len(self._tasks) >= self.concurrency or self._stops:
                     break
                 started += self._take(document)
@@ -161,6 +167,16 @@ class Worker:
         self._tasks[task] = run_id
         task.add_done_callback(self._done)
         return True
+
+    def _collect(self, journal: Journal) -> int:
+        """Now and then, look after what cancelled runs have left at providers, beside the runs."""
+        if time.monotonic() < self._collect_at or not any(leftover.left(journal)):
+            return 0
+        self._collect_at = time.monotonic() + leftover.AGAIN
+        task = asyncio.get_running_loop().create_task(leftover.collect(journal))
+        self._tasks[task] = ""
+        task.add_done_callback(self._done)
+        return 1
 
     def _done(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
@@ -243,7 +259,3 @@ def work(flows: Iterable[Workflow[..., Any]], **options: Any) -> None:
         await Worker(named, **options).run()
 
     asyncio.run(main())
-
-
-def _now() -> float:
-    return settings.clock() if settings.clock else time.time()

@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ENVIRONMENT = (
+    "AGENTFLOW_ASK",
     "AGENTFLOW_MODEL",
     "AGENTFLOW_LEASE_SECONDS",
     "AGENTFLOW_PAID_RETRY_SECONDS",
@@ -49,7 +50,7 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         if process.poll() is None:
             process.kill()
             process.communicate()
-    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False)
+    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False, ask=None)
     settings.clock = None
     ledger._PRICES.clear()
     ledger._PRICES.update(prices)

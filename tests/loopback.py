@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 from agentflow.batchserver import BatchServer
 from agentflow.models import Request
 from agentflow.providers.common import digest
-from agentflow.testing import ToolCall, reply_body, request_of, sse
+from agentflow.testing import FakeModel, ToolCall, reply_body, request_of, sse
 
 
 def answer_to(text: str) -> str:
@@ -77,6 +77,7 @@ class Loopback:
         self.looks = list(looks or [])
         self.polls = polls
         self.flights: dict[str, dict[str, Any]] = {}
+        self.cancelled_usage: dict[str, Any] | None = None
         self.batching = BatchServer(polls)
         self.batching_events: list[tuple[str, str]] = []
         self.batch_faults: list[tuple[str, str, Any]] = []
@@ -163,6 +164,18 @@ class Loopback:
             self._note({"event": "looked", "n": number + 1, "path": path, "status": seen and seen["status"]})
             return fault, seen
 
+    def cancel(self, path: str) -> dict[str, Any] | None:
+        """A call in the background is cancelled, with what it has cost so far; one that has ended stays as it is."""
+        with self._lock:
+            self._note({"event": "cancelled", "path": path})
+            flight = self.flights.get(path.split("/")[-2])
+            if flight is None:
+                return None
+            if flight["left"] != 0:
+                flight["left"] = 0
+                flight["whole"] = {**flight["whole"], "status": "cancelled", "output": [], "usage": self.cancelled_usage}
+            return flight["whole"]
+
     def batch(self, method: str, path: str, kind: str, content: bytes, text: Any) -> tuple[Any, Any]:
         """What meets a request about batches, and its answer; two times None for any other request."""
         if not any(word in path for word in ("/batches", "/files")):
@@ -244,9 +257,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server.loopback
         address = urlsplit(self.path)
-        content = self.rfile.read(int(self.headers["content-length"]))
+        content = self.rfile.read(int(self.headers.get("content-length") or 0))
         if self._batch(content):
             return
+        if address.path.endswith("/cancel"):
+            seen = server.cancel(address.path)
+            missing = {"error": {"message": "no such thing", "type": "invalid_request_error"}}
+            return self._write(*((404, {}, missing) if seen is None else (200, {}, seen)))
         body = json.loads(content)
         asked = request_of(address.path, body)
         number, fault = server.arrive(asked, address.path)
@@ -258,6 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "reset":
             self._reset()
+        elif fault is None and address.path.endswith("/embeddings"):
+            self._send(number, asked, 200, {}, FakeModel([])._embedded(body), None)
         elif fault is None or "text" in fault:
             if fault is None and server.turns is not None:
                 whole: Any = _turn(asked, server.turns)

@@ -615,11 +615,11 @@ def test_a_call_in_the_background_is_set_aside_once_and_its_reply_is_never_refus
     from agentflow import costs
     from agentflow.scratch import open_journal
 
-    limit = "0.01"
+    limit, patience = "0.01", [0.05]
 
     @workflow("budgeted", budget=limit)
     async def flow(ctx: Context) -> str:
-        return str(await ask("Hi", timeout=0.05, max_tokens=10_000, retry=Retry(max_attempts=1)))
+        return str(await ask("Hi", timeout=patience[0], max_tokens=10_000, retry=Retry(max_attempts=1)))
 
     server.polls = None
     with pytest.raises(ModelError) as late:
@@ -628,6 +628,7 @@ def test_a_call_in_the_background_is_set_aside_once_and_its_reply_is_never_refus
     journal = open_journal()
     assert len(list(journal.scan("lr/"))) == 1, "what it may cost is set aside for as long as it goes on"
     server.polls = 0
+    patience[0] = 60
     ends_now(server)
     assert flow.run_sync() == answer_to("Hi")
     assert len(server.arrived) == 1 and list(journal.scan("lr/")) == []

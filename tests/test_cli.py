@@ -252,22 +252,24 @@ def test_secrets_and_terminal_codes_are_not_shown(cli, monkeypatch):
 
 
 def test_data_of_a_class_that_is_not_loaded_is_listed_shown_and_approved(cli, tmp_path, monkeypatch):
+    # No module of the suite has a class of this name: that one would be taken for it.
+    # No module of the suite has a class of this name: that one would be taken for it.
     source = """
         from decimal import Decimal
         from pydantic import BaseModel
 
-        class Order(BaseModel):
+        class Unloaded(BaseModel):
             id: str
             total: Decimal
 
         @workflow("typed")
-        async def typed(ctx, order: Order) -> Order:
+        async def typed(ctx, order: Unloaded) -> Unloaded:
             await step("look", lambda: order)
             await human_task("approve", data=order)
             return order
 
         try:
-            print(typed.run_sync(Order(id="A-1", total="3.50")))
+            print(typed.run_sync(Unloaded(id="A-1", total="3.50")))
         except Waiting:
             print("waits")
     """

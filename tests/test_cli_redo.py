@@ -83,9 +83,10 @@ def test_a_module_that_does_not_fit_is_a_usage_error_that_says_what_to_write(kil
     for module, says in (
         (None, "--module app:flow"),
         ("nowhere:flow", "no module 'nowhere'"),
-        ("fine_app:nothing", "Its workflows: job"),
+        ("fine_app:nothing", "fine_app holds: fine_app:job"),
         ("fine_app:other", "no workflow"),
-        ("fine_app.py:job", "fine_app:flow"),
+        ("fine_app.py:nothing", "fine_app.py:job"),
+        ("nowhere.py:job", "no such file"),
         ("broken_app:flow", "ZeroDivisionError"),
         ("another_app:flow", "has no workflow 'job'"),
     ):

@@ -297,6 +297,141 @@ def test_a_handled_failure_is_history_and_the_line_names_rerun(folder: Path, aga
     assert counts(folder) == {"ship": 2, "refund": 1}
 
 
+@pytest.mark.parametrize("where", ["in the body", "in a branch", "inside a step", "around it"])
+def test_a_step_inserted_in_front_of_a_failed_one_does_not_count_as_having_handled_it(
+    where: str, folder: Path, again: Any
+) -> None:
+    async def unsteady() -> str:
+        note("unsteady")
+        fail_while("unsteady")
+        return "done"
+
+    async def part() -> str:
+        if is_set("edited"):
+            await step("new", note, "new")
+        return await step("unsteady", unsteady)
+
+    @workflow
+    async def flow(ctx: Any) -> str:
+        await step("first", note, "first")
+        if where == "in a branch":
+            return (await asyncio.gather(part()))[0]
+        if where == "inside a step":
+            return await step("outer", part)
+        if where == "around it":
+            if is_set("edited"):
+                await step("new", note, "new")
+            return (await parallel([step("unsteady", unsteady)]))[0]
+        return await part()
+
+    flag("unsteady")
+    with pytest.raises(PaymentError):
+        flow.run_sync()
+    flag("edited")
+    again()
+    with pytest.raises(PaymentError):
+        flow.run_sync()  # tried again, and it fails again
+    assert counts(folder) == {"first": 1, "unsteady": 2, "new": 1}
+    flag("unsteady", False)
+    again()
+    assert flow.run_sync() == "done"
+    assert counts(folder) == {"first": 1, "unsteady": 3, "new": 1}
+
+
+def test_a_failure_handled_after_a_crash_stays_handled_when_the_run_fails_later(folder: Path, tmp_path: Path) -> None:
+    """The failure, its handling and the run's own failure fall into three executions."""
+    source = """
+    flags = HERE
+    def ship():
+        note("ship")
+        raise ValueError("no ship")
+    def refund():
+        note("refund")
+        if (flags / "die").exists():
+            die()
+    def report():
+        note("report")
+        if not (flags / "fixed").exists():
+            raise ValueError("no report")
+    @workflow
+    async def order(ctx):
+        try:
+            await step("ship", ship)
+        except ValueError:
+            await step("refund", refund)
+        if (flags / "edited").exists():
+            await step("new", note, "new")
+        await step("report", report)
+    order.run_sync()
+    """
+    file = write_program(source, tmp_path)
+    (tmp_path / "die").touch()
+    run_program(file, tmp_path, expect_kill=True)
+    (tmp_path / "die").unlink()
+    assert "no report" in run_program(file, tmp_path, expect_failure=True).err
+    (tmp_path / "edited").touch()
+    assert "no report" in run_program(file, tmp_path, expect_failure=True).err
+    (tmp_path / "fixed").touch()
+    run_program(file, tmp_path)
+    assert Counter(notes(tmp_path)) == {"ship": 1, "refund": 2, "report": 3, "new": 1}
+
+
+DOUBTFUL = """
+import datetime, uuid
+
+def charge(order, reference, at):
+    note(f"charge {order}")
+    if (HERE / "die").exists():
+        die()
+    return f"paid {order}"
+
+@workflow("doubtful")
+async def flow(ctx, orders: list[int], policy: str):
+    async def one(order):
+        # A clock reading and a uuid of the body: other ones in each process.
+        return await step("charge", charge, order, str(uuid.uuid4()), datetime.datetime.now(), in_doubt=policy)
+    if sys.argv[1] == "gathered":
+        return list(await asyncio.gather(*(one(order) for order in orders)))
+    return [await one(order) for order in orders]
+
+orders = [int(each) for each in sys.argv[3:]]
+print(flow.options(run_id="r").run_sync(orders, sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("before", ["one by one", "gathered"])
+@pytest.mark.parametrize("after", ["one by one", "gathered"])
+def test_a_step_in_doubt_stays_so_although_a_uuid_or_the_clock_in_its_input_differs(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    file = write_program(DOUBTFUL, tmp_path)
+    (tmp_path / "die").touch()
+    run_program(file, tmp_path, before, "raise", "1", expect_kill=True)
+    (tmp_path / "die").unlink()
+    ended = run_program(file, tmp_path, after, "raise", "1", expect_failure=True)
+    assert "StepInDoubt" in ended.err and "it is the same call, in doubt" in ended.err
+    assert notes(tmp_path) == ["charge 1"]
+    # Another order is another call, which is in no doubt.
+    ended = run_program(file, tmp_path, after, "raise", "2", "1", expect_failure=True)
+    assert "StepInDoubt" in ended.err
+    assert Counter(notes(tmp_path)) == {"charge 1": 1, "charge 2": 1}
+
+
+def test_a_person_asked_about_a_step_in_doubt_is_asked_once_although_a_uuid_differs(tmp_path: Path) -> None:
+    file = write_program(DOUBTFUL, tmp_path)
+    (tmp_path / "die").touch()
+    run_program(file, tmp_path, "one by one", "ask", "1", expect_kill=True)
+    (tmp_path / "die").unlink()
+    for _ in range(2):
+        assert "Did charge happen?" in run_program(file, tmp_path, "one by one", "ask", "1", expect_failure=True).err
+    agentflow.configure(path=tmp_path / "journal")
+    (task,) = tasks.list(status="open")
+    tasks.answer(task.id, "paid by hand", by="ann")
+    for _ in range(2):
+        assert run_program(file, tmp_path, "one by one", "ask", "1").out.strip() == "['paid by hand']"
+    assert notes(tmp_path) == ["charge 1"]
+
+
 # -- compensation -----------------------------------------------------------------------------------------------------
 
 

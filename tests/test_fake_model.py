@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from decimal import Decimal
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pydantic
 import pytest
 
-from agentflow import generate_content, parallel, workflow
+from agentflow import generate_content, parallel, sync, workflow
 from agentflow.errors import ContentFiltered, ModelError, Refused, Truncated, UsageError
-from agentflow.testing import FakeModel, when
+from agentflow.providers.common import transport
+from agentflow.testing import FakeModel, ToolCall, reply_body, when
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
 each_model = pytest.mark.parametrize("model", MODELS)
@@ -113,6 +115,44 @@ def test_calls_say_what_was_asked_and_answered_and_what_was_billed(model: str) -
     assert isinstance(first.cost, Decimal) and first.cost > 0
 
 
+
+class Town(pydantic.BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_reply_comes_to_the_caller_as_a_providers_would(model: str) -> None:
+    def ask(reply: Any, **options: Any) -> Any:
+        with FakeModel(reply if isinstance(reply, list) else [reply]):
+            return sync.generate_content(f"Hi {next(numbers)}", model=model, **options)
+
+    numbers = itertools.count()
+
+    async def later(request: Any) -> str:
+        return f"later: {request['text'][:2]}"
+
+    def double(n: int) -> int:
+        """Twice a number."""
+        return 2 * n
+
+    once = {"max_attempts": 1}
+    assert ask("text") == "text"
+    assert ask(Town(name="Rome"), output_type=Town) == ask({"name": "Rome"}, output_type=Town) == Town(name="Rome")
+    assert ask([[1, 2]], output_type=list[int]) == [1, 2]
+    assert ask([ToolCall("double", n=4), "It is 8."], tools=[double]) == "It is 8."
+    assert ask([["Let me see.", ToolCall("double", n=4)], "8"], tools=[double]) == "8"
+    assert ask(lambda request: reply_body(request, "raw")) == "raw"
+    assert ask(later) == "later: Hi"
+    for reply, error in ((Refused("no"), Refused), (Truncated("so f"), Truncated), (ContentFiltered("so"), (ContentFiltered, Refused))):
+        with pytest.raises(error) as caught:
+            ask(reply)
+        assert caught.value.reply.usage.output_tokens > 0
+    for reply, status in ((429, 429), (ModelError("no money", status=402, code="insufficient_quota"), 402), (ConnectionError("gone"), None), (TimeoutError(), None)):
+        with pytest.raises(ModelError) as failed:
+            ask(reply, retry=once)
+        assert failed.value.status == status
+
+
 def test_wrong_scripts_are_refused_at_once() -> None:
     for wrong in ("text", b"bytes", 3, None):
         with pytest.raises(UsageError, match="list of replies"):
@@ -121,3 +161,14 @@ def test_wrong_scripts_are_refused_at_once() -> None:
         when(3, "x")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="times=0"):
         when("x", "y", times=0)
+
+
+def test_it_can_be_started_and_stopped_in_cells_any_number_of_times() -> None:
+    model = FakeModel({"Hi": "Hello!"})
+    model.stop()  # of one that was not started means nothing
+    for _ in range(3):
+        assert model.start() is model
+    assert sync.generate_content("Hi", model="openai:gpt-5-mini") == "Hello!"
+    model.stop()
+    model.stop()
+    assert transport() is None and len(model.calls) == 1

@@ -6,6 +6,7 @@ A new file is made by ``python -m tests.test_histories NAME``, when a version ch
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import datetime
 from decimal import Decimal
@@ -15,11 +16,25 @@ from typing import Any
 import pydantic
 import pytest
 
-from agentflow import Context, Reply, Retry, current_step, generate_content, human_task, parallel, step, tasks, workflow
+from agentflow import (
+    Context,
+    Reply,
+    Retry,
+    current_step,
+    embed,
+    generate_content,
+    human_task,
+    parallel,
+    step,
+    tasks,
+    tool,
+    workflow,
+)
 from agentflow.errors import UsageError, Waiting
-from agentflow.testing import FakeModel, export_history, replay_histories
+from agentflow.testing import FakeClock, FakeModel, FakePeople, ToolCall, event, export_history, replay_histories, when
 
 FOLDER = Path(__file__).parent / "histories"
+RUNS = {"agentflow-0.1.0.jsonl": 2, "agentflow-0.1.0.more.jsonl": 4}
 
 
 class Item(pydantic.BaseModel):
@@ -71,8 +86,66 @@ async def waits(ctx: Context, n: int) -> int:
     return await human_task("count", data=n, schema=int)
 
 
+@workflow("history-part")
+async def part(ctx: Context, town: str) -> str:
+    return await generate_content(f"A word for {town}?", model="anthropic:claude-haiku-4-5")
+
+
+@tool
+def people_in(town: str) -> int:
+    """How many people live there."""
+    return len(town) * 1000
+
+
+def pay(town: str) -> dict[str, Any]:
+    return {"town": town, "amount": Decimal("12.50")}
+
+
+def land(town: str) -> str:
+    if os.environ.get("AGENTFLOW_HISTORY_STORM"):
+        raise ConnectionError("storm")
+    return f"landed in {town}"
+
+
+@workflow("history-of-more")
+async def more(ctx: Context, town: str) -> dict[str, Any]:
+    begun = ctx.now("begun")
+    paid = await step("pay", pay, town, compensate=lambda paid: f"given back {paid['amount']}")
+    people = await generate_content("How many live there?", data=town, model="openai:gpt-5-mini", tools=[people_in])
+    vectors = await embed([town, "sea"], model="openai:text-embedding-3-small")
+    words = await parallel([part.run(town), step("look", lambda: [town, None])])
+    form = await human_task("fill", assign_to="clerk", data={"town": town}, schema=Item, timeout="2d")
+    came = await ctx.wait_for_event(["ship", "plane"], match={"town": town}, timeout="9d", default=None)
+    late = await ctx.wait_for_event("late", timeout="1d", default="never")
+    await ctx.sleep("30d")
+    landed = await step("land", land, town)
+    return {
+        "paid": paid, "people": people, "vectors": vectors, "words": words, "form": form, "came": came, "late": late,
+        "landed": landed, "days": (ctx.now("end") - begun).days,
+    }  # fmt: skip
+
+
+def make_more() -> None:
+    """A run that fails, gives back what it paid, and completes when it is run again."""
+    replies = [
+        when("How many", ToolCall("people_in", town="Rome")), when("How many", "4,000"), when("A word", "Old"),
+    ]  # fmt: skip
+    people = FakePeople(
+        {"clerk": Item(name="boat", price=Decimal("3"))}, events=[event("plane", {"town": "Rome"}, after="3d")], by="grace"
+    )
+    with FakeClock(), FakeModel(replies), people:
+        os.environ["AGENTFLOW_HISTORY_STORM"] = "1"
+        try:
+            people.run(more, "Rome")
+        except ConnectionError:
+            del os.environ["AGENTFLOW_HISTORY_STORM"]
+        found = people.run(more.options(rerun=["land"]), "Rome")
+    assert (found["landed"], found["days"], found["late"]) == ("landed in Rome", 34, "never")
+
+
 def make() -> None:
     """The runs of a history, in the project's journal."""
+    make_more()
     order = Order(id=7, items=[Item(name="tea", price=Decimal("3.20")), Item(name="cup", price=Decimal("12"))])
     replies = {
         "Name it": "Tea and a cup", "Which item": Item(name="tea", price=Decimal("3.20")),
@@ -92,14 +165,24 @@ def make() -> None:
 
 def test_all_histories_of_this_project_replay_or_are_refused() -> None:
     found = replay_histories(FOLDER)
-    assert [len(history.replayed) for history in found if history.refused is None] == [2] * len(found)
+    assert {history.file.name: len(history.replayed) for history in found if history.refused is None} == RUNS
+
+
+def test_the_histories_hold_each_kind_of_record() -> None:
+    """A new kind of record gets a history: what is listed here is what the journal's rows begin with."""
+    rows = [json.loads(line) for file in FOLDER.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    families = {key.partition("/")[0] for key, _ in rows}
+    assert {"s", "r", "m", "h", "e", "l", "k", "ch", "a"} <= families, families
+    heads = [json.loads(text.partition("\n")[0]) for key, text in rows if key.startswith("s/") and "!" not in key]
+    assert {"ai", "agent", "tool", "human", "event", "sleep", "value", "step", "compensation"} <= {head["kind"] for head in heads}, {head["kind"] for head in heads}
+    assert any(key.endswith("!void") for key, _ in rows), "something was undone"
 
 
 def test_a_history_made_now_replays_and_asks_nobody(tmp_path: Path) -> None:
     make()
-    assert export_history(tmp_path / "now.jsonl") > 20
+    assert export_history(tmp_path / "now.jsonl") > 40
     (found,) = replay_histories(tmp_path)
-    assert len(found.replayed) == 2 and found.refused is None
+    assert len(found.replayed) == 4 and found.refused is None
     with pytest.raises(UsageError, match="exists already"):
         export_history(tmp_path / "now.jsonl")
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
     {"batchserver", "errors", "models", "workers"},
-    {"calls", "canonical", "codec.common", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "redact", "schema", "store", "tokens", "typecheck"},
+    {"calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "redact", "schema", "store", "tokens", "typecheck"},
     {"bytecode", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
     {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
@@ -34,16 +34,17 @@ LAYERS = [
     {"engine"},
     {"drive"},
     {"batches", "blocking", "human", "scratch", "values"},
-    {"control", "events"},
+    {"control", "events", "leftover"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
     {"agent"},
-    {"aicall", "export", "upkeep"},
+    {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
     {"childcalls"},
     {"opening"},
     {"closing"},
     {"flow", "runs"},
-    {"loading", "people", "sync", "testing", "worker"},
+    {"loading", "people", "schedules", "sync", "testing"},
+    {"worker"},
     {"crashes", "histories", "recordings"},
     {"pytest_plugin"},
     {""},
@@ -59,6 +60,7 @@ DOORS = {
     "diskcache": {"create"},
     "openai": {"providers.openai"},
     "anthropic": {"providers.anthropic"},
+    "cronsim": {"cron"},
     "genai_prices": {"ledger"},
     "tiktoken": {"tokens"},
     "tiktoken_ext": {"tokens"},
@@ -167,7 +169,7 @@ def test_errors_that_are_drawn_as_a_tree_are_those_that_exist() -> None:
         assert getattr(errors, name).__doc__, name
 
 
-HEAVY = ["openai", "anthropic", "pydantic", "typer", "rich", "tiktoken", "numpy", "pandas", "genai_prices", "httpx2"]
+HEAVY = ["cronsim", "openai", "anthropic", "pydantic", "typer", "rich", "tiktoken", "numpy", "pandas", "genai_prices", "httpx2"]
 
 
 @pytest.mark.parametrize(

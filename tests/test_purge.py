@@ -250,3 +250,64 @@ def test_a_late_commit_of_a_purged_run_is_refused(tmp_path, journal):
     out, _ = process.communicate("go\n", timeout=60)
     assert out == "refused\n"
     assert journal.get(f"lease/{run_id}") is not None
+
+
+# -- events ------------------------------------------------------------------------------------------
+
+
+@workflow("hears")
+async def hears(ctx, names: list[str]) -> str:
+    return await ctx.wait_for_event(names)
+
+
+def left_over(journal) -> list[str]:
+    return [key for key, _ in journal.keys("ev/")]
+
+
+async def test_events_sent_to_a_purged_run_go_with_it_and_others_stay(journal):
+    first, second = [await hears.start([name]) for name in ("a", "b")]
+    for run in (first, second):
+        agentflow.send_event("paid", 1, run_id=run.id)
+        agentflow.send_event("sh/ipped", 2, run_id=run.id)
+    agentflow.send_event("paid", 3)
+    first.cancel()
+    told = runs.purge(older_than=0, dry_run=True)
+    assert len(left_over(journal)) == 5
+    assert runs.purge(older_than=0).rows == told.rows and told.rows > 3
+    assert len(left_over(journal)) == 3
+    assert not any(f"/{first.id}/" in key for key in left_over(journal))
+    again = await hears.start(["a"])
+    assert again.id == first.id and again.status == "waiting"
+    second.cancel()
+    runs.purge(older_than=0)
+    assert [key.split("/")[1:3] for key in left_over(journal)] == [["paid", "*"]]
+
+
+async def test_an_event_that_is_sent_while_its_run_is_purged_is_refused_or_goes_too(journal, monkeypatch):
+    run = await hears.start(["a"])
+    run.cancel()
+    agentflow.send_event("paid", 1, run_id=run.id)
+    remove = purge._remove
+
+    def late(*args):
+        agentflow.send_event("paid", 2, run_id=run.id)  # after the purge has looked for events
+        remove(*args)
+
+    monkeypatch.setattr(purge, "_remove", late)
+    runs.purge(older_than=0)
+    assert left_over(journal) == []
+    other = await hears.start(["b"])
+    other.cancel()
+    find = rundocs.find
+
+    def found(journal, run_id):
+        document = find(journal, run_id)
+        monkeypatch.setattr(rundocs, "find", find)
+        monkeypatch.setattr(purge, "_remove", remove)
+        runs.purge(older_than=0)  # after the sender has looked for the run
+        return document
+
+    monkeypatch.setattr(rundocs, "find", found)
+    with pytest.raises(agentflow.RunNotFound, match="purged in the meantime"):
+        agentflow.send_event("paid", 3, run_id=other.id)
+    assert left_over(journal) == []

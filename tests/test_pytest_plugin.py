@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -333,6 +334,41 @@ def test_what_a_killed_session_left_in_memory_is_removed_by_the_next_one(project
     left = Path(next(word for word in killed.text.split() if "agentflow-tests-" in word).lstrip("."))
     assert project.pytest("test_fine.py").code == 0
     assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("more", [(), ("-p", "tests.conftest")], ids=["users", "this suite"])
+def test_journals_of_finished_tests_are_closed(project: Project, more: tuple[str, ...]) -> None:
+    project.write(
+        "test_app.py",
+        """
+        import os
+        import pytest
+        from agentflow import configure, runs
+        from agentflow.testing import FakeModel
+        from app import greet
+
+        @pytest.fixture(scope="module")
+        def shared(tmp_path_factory):
+            configure(path=tmp_path_factory.mktemp("shared"))
+            with FakeModel(["Hello!"]):
+                greet.run_sync("Ada")
+            yield runs.list()[0]
+            configure(path=None)
+
+        @pytest.mark.parametrize("number", range(30))
+        def test_it(number, tmp_path, fake_model, shared):
+            assert [step.status for step in shared.steps] == ["completed"] * 2  # its journal is not this test's
+            fake_model(["Hello, Ada!", "Hello, Bob!"])
+            greet.run_sync("Ada")
+            configure(path=tmp_path / "own")
+            greet.run_sync("Bob")
+            print(f"open: {len(os.listdir('/dev/fd'))}.")
+        """,
+    )
+    done = project.pytest("-s", "-q", "-o", "filterwarnings=", *more)
+    assert (done.code, done.passed) == (0, 30), done
+    counts = [int(count) for count in re.findall(r"open: (\d+)\.", done.text)]
+    assert len(counts) == 30 and max(counts[5:]) <= max(counts[:5]), counts
 
 
 @pytest.mark.torture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import os
 import random
@@ -265,7 +266,7 @@ def _containers(children: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
 
 
 programs = st.lists(st.recursive(leaves, _containers, max_leaves=6), min_size=1, max_size=4)
-edits = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99), leaves), min_size=1, max_size=4)
+edits = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 99), leaves), min_size=1, max_size=4)
 
 
 def edited(program: list[Node], changes: list[tuple[int, int, Node]]) -> list[Node]:
@@ -281,12 +282,40 @@ def edited(program: list[Node], changes: list[tuple[int, int, Node]]) -> list[No
             del block[at % len(block)]
         elif what == 2:
             block.reverse()
+        elif what == 5 and len(block) > 1:
+            moved = block.pop(at % len(block))
+            places = [each for each in _blocks(new) if not any(each is inner for inner in _blocks([moved]))]
+            to = places[(where // 7) % len(places)]
+            to.insert(where % (len(to) + 1), moved)
         elif what == 3:
             branches = [each[2] for each in _nodes(new) if each[0] == "parallel"]
             if branches:
                 branches[where % len(branches)].reverse()
         elif block[at % len(block)][0] not in ("outer", "parallel"):
             block[at % len(block)] = [*block[at % len(block)][:2], node[2]]
+    return new
+
+
+def restructured(nodes: list[Node], choices: Iterator[int]) -> list[Node]:
+    """The same leaves in the same enclosing steps, with other branches: made, dissolved, reordered, of another form."""
+    new: list[Node] = []
+    for kind, name, given in nodes:
+        choice = next(choices)
+        if kind == "outer":
+            # What it is given names it, so what is inside stays as it is.
+            new.append([kind, name, given])
+        elif kind != "parallel":
+            new.append([kind, name, given] if choice % 3 else ["parallel", "gather", [[[kind, name, given]]]])
+        else:
+            branches = [restructured(branch, choices) for branch in given]
+            if choice % 2:
+                branches.reverse()
+            if choice % 4 == 0:
+                new += [node for branch in branches for node in branch]
+            else:
+                new.append([kind, ["gather", "group", "map"][choice % 3], branches])
+    if next(choices) % 3 == 0 and len(new) > 1:
+        new = [["parallel", "map", [[node] for node in new]]]
     return new
 
 
@@ -312,6 +341,23 @@ def killed_and_edited(program: list[Node], kill: tuple[int, bool], changes: list
         runs.again(program)
 
 
+@hypothesis.given(programs, st.tuples(st.integers(0, 25), st.booleans()), st.lists(st.integers(0, 11), min_size=40, max_size=40))
+def killed_and_restructured(program: list[Node], kill: tuple[int, bool], choices: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        runs, other = Checked(Path(name)), restructured(program, itertools.cycle(choices))
+        if run(runs.folder, program, kill) is None:
+            event("killed")
+        there = committed(runs.folder)
+        before = set(executions(runs.folder))
+        result = run(runs.folder, other)
+        assert result is not None
+        got = {value[2] for _, value in asked(other, result)}
+        assert there <= got, f"committed before the kill and run again: {[runs._what(each) for each in there - got]}"
+        runs.check(other, result, before, Counter())
+        runs.again(program)
+        runs.again(other)
+
+
 @hypothesis.given(programs, edits, edits)
 def edited_half_way(program: list[Node], one: list[Any], other: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -335,6 +381,11 @@ _settings = settings(deadline=None, derandomize=True, phases=[Phase.generate], s
 @pytest.mark.parametrize("examples", [15])
 def test_a_killed_and_edited_program_runs_again_only_what_has_no_record(examples: int) -> None:
     settings(_settings, max_examples=examples)(killed_and_edited)()
+
+
+@pytest.mark.parametrize("examples", [15])
+def test_a_killed_and_restructured_program_uses_all_that_was_committed(examples: int) -> None:
+    settings(_settings, max_examples=examples)(killed_and_restructured)()
 
 
 @pytest.mark.parametrize("examples", [15])

@@ -12,7 +12,9 @@ import pytest
 
 from agentflow.cli.app import run
 from agentflow.testing import FakeModel
-from tests.programs import ROOT
+from tests.loopback import Loopback
+from tests.outside import Project
+from tests.programs import ROOT, run_program
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -37,7 +39,7 @@ def test_a_program_of_the_readme_runs_as_printed_and_replays_when_run_again(numb
     with FakeModel(answer) as model:
         runpy.run_path(str(program), run_name="__main__")
         first = len(model.calls)
-        own = ("FakeModel", "def test_")  # programs that bring their own model
+        own = ("FakeModel", "FakePeople", "def test_")  # programs that bring their own model
         assert "generate_content(" not in PROGRAMS[number] or any(w in PROGRAMS[number] for w in own) or first > 0
         if any(word in PROGRAMS[number] for word in ("tasks.approve", *own)):
             return  # a decision is made once; a FakeModel wants to be asked
@@ -71,14 +73,47 @@ def test_an_edited_prompt_is_planned_and_asks_again_and_an_added_message_asks_on
     assert asked == [2, 2, 3]  # another list is another run, which shares nothing with the first
 
 
+def test_the_test_of_the_readme_is_recorded_once_and_then_needs_nobody(tmp_path):
+    (source,) = [program for program in PROGRAMS if "def test_" in program]
+    project = Project(tmp_path)
+    project.write("test_rivers.py", source)
+    missing = project.pytest()
+    assert missing.failed == 1 and "pytest test_rivers.py::test_rivers --agentflow-record=once" in missing.text, missing
+    with Loopback(script=[{"text": "Danube, Rhine, Volga"}]) as server:
+        command = re.search(r"^pytest (\S+) ", SHELL, re.MULTILINE)[1]
+        assert project.pytest(command, env=server.environment).passed == 1 and len(server.arrived) == 1
+    assert (project.folder / "recordings/test_rivers/test_rivers.json").exists()
+    assert project.pytest().passed == 1
+
+
+def test_the_prompt_file_of_the_readme_is_one_whatever_classes_agentflow_has_itself(tmp_path):
+    (text,) = re.findall(r"^```\n(---\n.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "sort.md").write_text(text)
+    (tmp_path / "tickets.py").write_text("import pydantic\nclass Ticket(pydantic.BaseModel):\n    team: str\n")
+    program = """
+        from tickets import Ticket
+        from agentflow.sync import generate_content
+        from agentflow.testing import FakeModel
+
+        with FakeModel([{"team": "billing"}, {"team": "sales"}]) as model:
+            for message in ("Where is my money?", "I want ten."):
+                found = generate_content(load_prompt("sort", company="Acme", message=message))
+                assert isinstance(found, Ticket), found
+        body = model.calls[0]["body"]
+        print(found.team, body["model"], body["max_tokens"], body["system"])
+    """
+    assert run_program(program, tmp_path).out == "sales claude-haiku-4-5 500 You sort support mail for Acme.\n"
+
+
 def test_there_are_programs_and_commands_in_the_readme():
     assert len(PROGRAMS) >= 6
     assert "agentflow demo" in SHELL
 
 
 def test_every_agentflow_command_of_the_readme_exists(capsys):
-    commands = re.findall(r"agentflow ((?:runs|tasks|demo)(?: [a-z]+)?)\b", README)
-    assert len(set(commands)) >= 5
+    commands = re.findall(r"agentflow ((?:runs|tasks|journal) [a-z]+|plan|demo|cost|doctor|worker)\b", README)
+    assert len(set(commands)) >= 15
     for command in set(commands):
         assert run([*command.split(), "--help"]) == 0, command
 

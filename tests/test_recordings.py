@@ -91,6 +91,7 @@ def test_a_missing_recording_fails_with_the_command_that_records_it_and_sends_no
         assert server.arrived == []
     assert (done.code, done.failed) == (1, 1), done
     assert f"{FILE} does not exist" in done.text and "Nothing was sent" in done.text, done
+    assert "Asked in app.py, line 12." in done.text and "agentflow/engine.py" not in done.text, "the user's own line, and no others"
     assert "pytest tests/test_tour.py::test_tour --agentflow-record=once" in done.text
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ import pytest
 import agentflow
 from agentflow import Retry, runs, step
 from agentflow.testing import FakeModel
+from tests.kernels import Kernel
 from tests.loopback import Loopback
-from tests.programs import environment, notes, run_program, start_program
+from tests.programs import notes, run_program, start_program
 
 MODEL = "openai:gpt-4o-mini"
 
@@ -272,50 +272,28 @@ async def test_the_same_call_in_another_spelling_is_not_charged_twice(again: Cal
     assert len(charged) == 2
 
 
+def test_no_run_can_have_the_id_under_which_the_steps_outside_workflows_are_kept() -> None:
+    @agentflow.workflow
+    async def flow(ctx: Any, n: int) -> int:
+        return n
+
+    @agentflow.workflow("named", run_id=lambda n: "scratch")
+    async def named(ctx: Any, n: int) -> int:
+        return n
+
+    for run in (flow.options(run_id="scratch"), flow.options(run_id="scratch", fresh=True), named):
+        with pytest.raises(agentflow.UsageError, match="outside workflows"):
+            run.run_sync(1)
+    assert runs.list() == []
+
+
 # -- cells of a notebook -------------------------------------------------------------------------
-
-
-class Kernel:
-    """A real IPython kernel; ``run`` executes a cell and gives what it printed."""
-
-    def __init__(self, folder: Path) -> None:
-        import jupyter_client
-
-        self.manager = jupyter_client.KernelManager(kernel_name="python3")
-        self.manager.kernel_spec.argv[0] = sys.executable
-        env = environment(folder)
-        self.manager.start_kernel(cwd=str(folder), env={**env, "IPYTHONDIR": str(folder / "ipython")})
-        self.client = self.manager.blocking_client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=120)
-
-    def run(self, code: str) -> str:
-        said: list[str] = []
-
-        def hear(message: dict[str, Any]) -> None:
-            content = message["content"]
-            if message["msg_type"] == "stream" and content["name"] == "stdout":
-                said.append(content["text"])
-            elif message["msg_type"] == "error":
-                said.append("\n".join(content["traceback"]))
-
-        self.client.execute_interactive(code, timeout=30, output_hook=hear)
-        return "".join(said)
-
-    def stop(self) -> None:
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
 
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Iterator[Kernel]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = Kernel(tmp_path)
+    with Kernel(tmp_path) as made:
         yield made
-        made.stop()
 
 
 PREPARE = """
@@ -329,24 +307,24 @@ def note(word):
 
 def test_cells_of_a_kernel_replay_notice_edits_and_survive_a_restart(kernel: Kernel, tmp_path: Path) -> None:
     """Cases 21, 45 and 46 in a real kernel, in one session to keep it quick."""
-    assert kernel.run(PREPARE) == ""
+    assert kernel.printed(PREPARE) == ""
     load = "def load(n):\n    note('load')\n    return n * 2\nprint(await step('load', load, 4))"
-    assert kernel.run(load) == "8\n"
-    assert kernel.run(load) == "8\n", "the same cell again"
+    assert kernel.printed(load) == "8\n"
+    assert kernel.printed(load) == "8\n", "the same cell again"
     assert notes(tmp_path) == ["load"]
 
     edited = load.replace("n * 2", "n * 3")
-    assert kernel.run(edited) == "12\n", "an edited plain function gives the new result"
+    assert kernel.printed(edited) == "12\n", "an edited plain function gives the new result"
     assert notes(tmp_path) == ["load", "load"]
 
     # Case 21: a variable set in another cell and named by a lambda is given, not code.
     fetch = "print(await step('fetch', lambda: note('fetch ' + url) or url.upper()))"
-    kernel.run("url = 'a'")
-    assert kernel.run(fetch) == "A\n"
-    kernel.run("url = 'b'")
-    assert kernel.run(fetch) == "B\n"
-    kernel.run("url = 'a'")
-    assert kernel.run(fetch) == "A\n"
+    kernel.printed("url = 'a'")
+    assert kernel.printed(fetch) == "A\n"
+    kernel.printed("url = 'b'")
+    assert kernel.printed(fetch) == "B\n"
+    kernel.printed("url = 'a'")
+    assert kernel.printed(fetch) == "A\n"
     assert notes(tmp_path)[2:] == ["fetch a", "fetch b"]
 
     # Case 11: in a cell the variable of the loop is a global, and the trap is the same.
@@ -360,10 +338,10 @@ def test_cells_of_a_kernel_replay_notice_edits_and_survive_a_restart(kernel: Ker
         "except CapturedChanged as error:\n"
         "    print(type(error).__name__, \"'i'\" in str(error))"
     )
-    assert kernel.run(trap % "") == "CapturedChanged True\n"
-    assert kernel.run(trap % " i=i") == "[0, 10, 20]\n"
+    assert kernel.printed(trap % "") == "CapturedChanged True\n"
+    assert kernel.printed(trap % " i=i") == "[0, 10, 20]\n"
     turns = "print([await step('turn', lambda: i * 10) for i in range(3)], i)"
-    assert kernel.run(turns) == "[0, 10, 20] 2\n"
+    assert kernel.printed(turns) == "[0, 10, 20] 2\n"
 
     # Case 45: repeats are counted within one execution of a cell.
     poll = (
@@ -372,8 +350,8 @@ def test_cells_of_a_kernel_replay_notice_edits_and_survive_a_restart(kernel: Ker
         "    seen.append(await step('poll', lambda: note('poll') or len(open('notes.txt').read().split('poll')) - 1))\n"
         "print(seen)"
     )
-    assert kernel.run(poll) == "[1, 2, 3]\n"
-    assert kernel.run(poll) == "[1, 2, 3]\n", "the second execution of the cell replays and ends"
+    assert kernel.printed(poll) == "[1, 2, 3]\n"
+    assert kernel.printed(poll) == "[1, 2, 3]\n", "the second execution of the cell replays and ends"
     assert notes(tmp_path).count("poll") == 3
 
     # A workflow defined in a cell, run there, and run_sync where the kernel's loop is running.
@@ -383,15 +361,15 @@ def test_cells_of_a_kernel_replay_notice_edits_and_survive_a_restart(kernel: Ker
         "    return await step('load', load, n)\n"
         "print(await flow.run(5), flow.run_sync(5))"
     )
-    assert kernel.run(flow) == "15 15\n"
+    assert kernel.printed(flow) == "15 15\n"
     assert notes(tmp_path).count("load") == 3
 
     kernel.manager.restart_kernel(now=True)
     kernel.client.wait_for_ready(timeout=120)
-    assert kernel.run(PREPARE) == ""
-    assert kernel.run(edited) == "12\n"
-    assert kernel.run(flow) == "15 15\n"
-    assert kernel.run(poll) == "[1, 2, 3]\n"
+    assert kernel.printed(PREPARE) == ""
+    assert kernel.printed(edited) == "12\n"
+    assert kernel.printed(flow) == "15 15\n"
+    assert kernel.printed(poll) == "[1, 2, 3]\n"
     assert notes(tmp_path).count("load") == 3 and notes(tmp_path).count("poll") == 3, "nothing runs after a restart"
 
 

@@ -16,6 +16,7 @@ import agentflow
 from agentflow import Waiting, closing, human_task, lease, rundocs, runs, tasks, worker, workflow
 from agentflow.journal import Put
 from agentflow.settings import settings
+from agentflow.testing import FakeClock
 from tests.programs import environment, notes, run_program, running, write_program
 
 APP = """
@@ -508,3 +509,66 @@ async def test_a_run_is_due_when_an_event_comes_that_it_waits_for_and_not_for_ot
     assert [document["id"] for document in worker.due(journal, time.time())] == [first.id]
     assert await waits.run(1) == {"order": 1}
     assert list(journal.scan("wn/")) == [] and list(journal.scan("wake/")) == []
+
+
+# -- reminders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard():
+    """What the notifier hears: why, and for whom."""
+    told = []
+    agentflow.configure(notify=lambda task: told.append((task.event, task.assign_to)))
+    return told
+
+
+@workflow("reminded")
+async def reminded(ctx, n: int = 0) -> bool:
+    later = agentflow.Escalate("director", timeout="10d")
+    return bool(await human_task("approve", "manager", data=n, remind="1d", timeout="3d", on_timeout=later))
+
+
+@workflow("around")
+async def around(ctx) -> bool:
+    return await reminded.run(7)
+
+
+@pytest.mark.parametrize("flow", [reminded, around])
+def test_a_worker_tells_reminders_and_escalates_when_their_time_has_come(journal, heard, flow):
+    flows = [reminded, around]
+    with FakeClock() as clock:
+        with pytest.raises(Waiting):
+            flow.run_sync()
+        told = [("opened", "manager")]
+        for hours, news in (
+            (23, []), (1, [("reminded", "manager")]), (12, []), (12, [("reminded", "manager")]),
+            (24, [("escalated", "director"), ("reminded", "director")]), (23, []), (72, [("reminded", "director")]),
+        ):  # fmt: skip
+            clock.advance(f"{hours}h")
+            for _ in range(2):  # told once, however often a worker looks
+                worker.work(flows, once=True)
+            told += news
+            assert heard == told, hours
+        tasks.approve(tasks.list()[0].id)
+        worker.work(flows, once=True)
+        clock.advance("5d")
+        worker.work(flows, once=True)
+        assert heard == told and {run.status for run in runs.list()} == {"completed"}
+        assert list(journal.keys("due/")) == []
+
+
+async def test_a_worker_that_stays_tells_a_reminder_without_anybody_committing(journal, heard):
+    with FakeClock() as clock:
+        await reminded.start()
+        staying = worker.Worker({"reminded": reminded})
+        told = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        agentflow.configure(notify=lambda task: loop.call_soon_threadsafe(told.set))
+        task = asyncio.ensure_future(staying.run())
+        while not worker.enrolled(journal):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        clock.advance("1d")
+        await told.wait()
+        staying.stop()
+        await task
+        assert [entry["what"] for entry in tasks.list()[0].trail] == ["opened", "reminded"]

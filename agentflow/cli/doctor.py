@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import agentflow
-from agentflow import layout, tasks, upkeep, worker
+from agentflow import layout, leftover, rundocs, schedules, tasks, upkeep, worker
 from agentflow.cli import output
 from agentflow.cli.journal import size
 from agentflow.durations import words
@@ -27,7 +27,7 @@ from agentflow.scratch import open_journal
 from agentflow.settings import settings
 from agentflow.store import DB_NAME
 
-_PACKAGES = ("openai", "anthropic", "pydantic", "diskcache", "tiktoken", "genai-prices")
+_PACKAGES = ("openai", "anthropic", "pydantic", "diskcache", "tiktoken", "genai-prices", "cronsim")
 _KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENROUTER_API_KEY", "AZURE_OPENAI_API_KEY")
 _LITTLE_SPACE = 200_000_000
 Check = tuple[str, bool | None, str]
@@ -103,7 +103,26 @@ def _runs(journal: Journal) -> Iterator[Check]:
         about = f"{each['id']}, process {each['pid']}, since {words(max(0.0, time.time() - each['since']))}, serves "
         about += ", ".join(each["workflows"])
         yield "worker", True if each["alive"] else None, about if each["alive"] else f"{about}; it was killed"
+    served = {name for each in workers if each["alive"] for name in each["workflows"]}
+    yield from (_schedule(journal, each, each.workflow in served) for each in schedules.known(journal))
+    if left := sum(1 for _ in leftover.left(journal)):
+        yield "cancelled", None, f"{left} cancelled runs may have something at a provider; a worker collects it"
     if due and not any(each["alive"] for each in workers):
         yield "due", None, f"{due} could go on and there is no worker: agentflow worker app:flows"
     else:
         yield "due", True, f"{due} could go on now"
+
+
+def _schedule(journal: Journal, known: schedules.Known, served: bool) -> Check:
+    about = f"{known.workflow}: {known.text}"
+    if known.next is None:
+        about += ", no next tick can be told: its time zone is not known here"
+    else:
+        about += f", next tick {known.next:%Y-%m-%d %H:%M %Z}"
+    if known.last is not None and known.last_run is not None:
+        document = rundocs.read(journal, known.last_run)
+        status = "purged" if document is None else rundocs.status_of(journal, document)
+        about += f", last tick {known.last:%Y-%m-%d %H:%M %Z} ({known.last_run}, {status})"
+    else:
+        about += ", no tick yet"
+    return "schedule", True if served else None, about if served else f"{about}; no worker runs it"

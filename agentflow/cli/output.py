@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from rich.text import Text
 from agentflow.redact import redact
 from agentflow.scratch import open_journal
 from agentflow.settings import settings
-from agentflow.shown import json_text
+from agentflow.shown import clean, json_text
 
 __all__ = [
     "cell", "clean", "console", "data", "dollars", "fields", "has_journal", "json_text", "table", "when", "words",
@@ -27,7 +26,6 @@ STYLES = {
     **{"completed": "green", "approved": "green", "answered": "green", "running": "cyan", "waiting": "yellow"},
     **{"open": "yellow", "failed": "red", "rejected": "red", "interrupted": "magenta", "cancelled": "dim"},
 }
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -40,11 +38,6 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = 10_000
     return made
-
-
-def clean(text: str) -> str:
-    """Text without what could steer a terminal."""
-    return _CONTROL.sub("�", text)
 
 
 def cell(value: Any, style: str = "") -> Text:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from agentflow import codec, rundocs
-from agentflow.cli import load, output
+from agentflow import codec, loading, rundocs
+from agentflow.cli import output
 from agentflow.errors import RunNotFound, UsageError
 from agentflow.scratch import open_journal
 
@@ -43,7 +43,7 @@ def plan(
         if run is not None:
             raise UsageError("name the run once: runs plan RUN --module app:flow, or runs plan app:flow --run RUN.")
         workflow, run = module, workflow
-    flow = load.workflow(workflow)
+    flow = loading.workflow(workflow)
     if run is not None:
         if input is not None:
             raise UsageError("--run has its own input. Leave out --input, or --run.")
@@ -52,7 +52,7 @@ def plan(
         flow, arguments = _taken_up(flow, run)
     else:
         arguments = _arguments(flow, input)
-    with load.looking():
+    with loading.looking():
         planned = flow.plan(**arguments)
         found = asyncio.run(planned) if inspect.isawaitable(planned) else planned
     if not json:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
 import typer
 
-from agentflow import runs
+from agentflow import replies, runs
 from agentflow.cli import output
 from agentflow.cli.complete import complete_run
 from agentflow.cli.watch import follow, waits
@@ -29,7 +31,7 @@ RUN = Annotated[
 OTHER = Annotated[str, typer.Argument(metavar="OTHER", help="The run to compare with.", autocompletion=complete_run)]
 MODULE = Annotated[
     str | None,
-    typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: app:flow for the workflow in app.py."),
+    typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: app:flow, app.py:flow or app."),
 ]
 FROM = Annotated[str | None, typer.Option("--from", metavar="STEP", help="Name or id of the first step to do anew.")]
 RESULT = Annotated[
@@ -76,6 +78,7 @@ def show(run_id: RUN, json: JSON = False) -> None:
             ("workflow", run.workflow),
             ("status", run.status),
             ("fork of", run.parent and run.parent + (f", from {run.forked_at} on" if run.forked_at else "")),
+            ("tick", output.when(run.tick)),
             ("started", output.when(run.started_at)),
             ("took", None if took is None else words(took)),
             ("paid", f"{money(run.cost)}, saved {money(run.saved)}"),
@@ -160,12 +163,33 @@ def export(
     path: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="The file; .html makes a page. None: JSON on stdout.")
     ] = None,
+    recording: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what models were asked and answered, for tests marked recorded. The run may be `scratch`: "
+            "all that cells of notebooks and lines of scripts asked outside workflows.",
+        ),
+    ] = None,
+    json: JSON = False,
 ) -> None:
-    """One run in one file, JSON or a page, without secrets."""
-    run = _found(run_id)
-    if path is None:
-        return output.data(run.as_tree())
-    output.words(f"{run.id} written to {run.export(path)}.")
+    """One run in one file, JSON or a page, without secrets; or its model calls as a recording for tests."""
+    if run_id == replies.SCRATCH and (recording is None or path is not None):
+        raise UsageError("what stands outside workflows is exported as a recording only: --recording FILE.")
+    run = _found(run_id) if run_id != replies.SCRATCH else None
+    if run is not None and path is not None:
+        output.words(f"{run.id} written to {run.export(path)}.")
+    if recording is not None:
+        if not output.has_journal():
+            raise RunNotFound("nothing was asked here outside workflows.")
+        known = run_id if run is None else run.id
+        count = replies.export_recording(known, recording)
+        if json:
+            return output.data({"run": known, "recording": str(recording), "calls": count})
+        calls = "1 model call" if count == 1 else f"{count} model calls"
+        return output.words(f"{calls} of {known} written to {recording}.")
+    if run is not None and path is None:
+        output.data(run.as_tree())
 
 
 @app.command()
@@ -233,7 +257,8 @@ def _go_on(run: Run, module: str | None, json: bool, *, needed: bool = True) -> 
         return _told(run, json)
     with_code = _with_code(run, module)
     try:
-        with_code.run_sync()
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not the data
+            with_code.run_sync()
     except (RunBusy, JournalError, RunCancelled, BudgetExceeded):
         raise
     except Exception as error:
@@ -327,7 +352,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 def full(run: Run) -> dict[str, Any]:
     """One run in the JSON of ``runs show``, and of the commands that go on with one."""
-    more = {name: getattr(run, name) for name in ("parent", "forked_at", "input", "output")}
+    more = {name: getattr(run, name) for name in ("parent", "forked_at", "tick", "input", "output")}
     return summary(run) | more | {"steps": [step(each) for each in run.steps]}
 
 

@@ -15,7 +15,7 @@ from agentflow.worker import work
 
 def worker(
     modules: Annotated[
-        list[str], typer.Argument(metavar="MODULE:NAME...", help="Your workflows: app:flow, app:flows or app.")
+        list[str], typer.Argument(metavar="MODULE:NAME...", help="Your workflows: app:flow, app.py:flow or app.")
     ],
     concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 10,
     grace: Annotated[str, typer.Option(help="How long steps in flight may take to end when it is stopped.")] = "30s",

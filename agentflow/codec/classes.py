@@ -62,10 +62,11 @@ def find_class(ref: str, fits: Callable[[Any], bool], kind: str, names: set[str]
 
 
 def find_loaded(name: str) -> list[type]:
-    """The classes called ``name``, or ``module.name``, in all loaded modules but those of the standard library."""
+    """The classes called ``name``, or ``module.name``, in the loaded modules of users and their packages."""
     found: list[type] = []
     for module in list(sys.modules):
-        if module.partition(".")[0] in sys.stdlib_module_names:
+        top = module.partition(".")[0]
+        if top in sys.stdlib_module_names or (top == "agentflow" and not module.startswith("agentflow.demo")):
             continue
         for qualname in {name, name.removeprefix(f"{module}.")}:
             cls = _lookup(module, qualname)

@@ -54,6 +54,9 @@ class Api(Protocol):
     async def look(self, ident: str) -> Seen:
         """The batch as it is now."""
 
+    async def cancel(self, ident: str) -> None:
+        """Asks for a batch to be cancelled; what is answered by then stays answered."""
+
     async def results(self, seen: Seen) -> list[Result]:
         """What came, in any order; a request that is missing here got no answer."""
 
@@ -126,6 +129,10 @@ class OpenAI:
         retrieve = (await client(self._server)).batches.with_raw_response.retrieve
         answer = await fetch(self._server, lambda: retrieve(ident, timeout=LOOK_TIMEOUT), LOOK_TIMEOUT)
         return self._seen(self._read(answer))
+
+    async def cancel(self, ident: str) -> None:
+        ask = (await client(self._server)).batches.with_raw_response.cancel
+        await fetch(self._server, lambda: ask(ident, timeout=LOOK_TIMEOUT), LOOK_TIMEOUT)
 
     def _seen(self, body: dict[str, Any]) -> Seen:
         status = str(body.get("status"))
@@ -211,6 +218,10 @@ class Anthropic:
         retrieve = (await client(self._server)).messages.batches.with_raw_response.retrieve
         answer = await fetch(self._server, lambda: retrieve(ident, timeout=LOOK_TIMEOUT), LOOK_TIMEOUT)
         return self._seen(_object(self._server, answer))
+
+    async def cancel(self, ident: str) -> None:
+        ask = (await client(self._server)).messages.batches.with_raw_response.cancel
+        await fetch(self._server, lambda: ask(ident, timeout=LOOK_TIMEOUT), LOOK_TIMEOUT)
 
     def _seen(self, body: dict[str, Any]) -> Seen:
         status = str(body.get("processing_status"))

@@ -128,6 +128,17 @@ async def retrieve(ident: str, body: dict[str, Any], timeout: float, *, server: 
     return await post(server, call, lambda content: _discounted(body, read(content, server.name)), body, timeout)
 
 
+async def cancel(ident: str, body: dict[str, Any], timeout: float, *, server: Server | None = None) -> Raw:
+    """Cancel a call in the background; gives it as it is then. ``body``, ``timeout``: as for ``retrieve``."""
+    server = server or Server(NAME, make_client, "openai")
+    sdk = await client(server)
+
+    def call() -> Any:
+        return sdk.responses.with_raw_response.cancel(ident, timeout=timeout)
+
+    return await post(server, call, lambda content: _discounted(body, read(content, server.name)), body, timeout)
+
+
 def _discounted(body: dict[str, Any], parts: Parts) -> Parts:
     """A call that may take hours costs less than the published prices say: its price is unknown."""
     window = (body.get("background_options") or {}).get("completion_window", "soonest")

@@ -225,6 +225,11 @@ class Compatible:
         raw: Raw = await self._api.retrieve(ident, body, timeout, server=self._server())
         return raw
 
+    async def cancel(self, ident: str, body: dict[str, Any], timeout: float) -> Raw:
+        """Cancel a call in the background."""
+        raw: Raw = await self._api.cancel(ident, body, timeout, server=self._server())
+        return raw
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._api, name)
 
