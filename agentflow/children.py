@@ -6,23 +6,24 @@ purged by way of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from agentflow.calls import here
 from agentflow.index import in_key
-from agentflow.journal import Add, Journal
+from agentflow.journal import Add, Journal, Op
 from agentflow.lease import Lease
 
 
-def note_caller(journal: Journal, run_id: str, lease: Lease) -> None:
-    """Record in which run this one is being started, if it is in one."""
+def note_caller(journal: Journal, run_id: str, lease: Lease, started: Callable[[str], Op] | None) -> None:
+    """Record in which run this one is being started, if it is in one. ``started`` gives what says so there."""
     place = here.get()
     if place is None or place.ex.scratch or place.ex.plan or place.ex.run_id == run_id:
         return
     caller = place.ex.run_id
     down, up = f"ch/{in_key(caller)}/{in_key(run_id)}", f"cp/{in_key(run_id)}/{in_key(caller)}"
     if journal.get(up) is None:
-        journal.commit([Add(down, run_id), Add(up, caller)], fence=lease.fence)
+        more = [] if started is None else [started(run_id)]
+        journal.commit([Add(down, run_id), Add(up, caller), *more], fence=lease.fence)
 
 
 def callers(journal: Journal, run_id: str) -> Iterator[str]:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from agentflow import children, codec, events, human, rundocs
+from agentflow import children, codec, control, events, human, rundocs
 from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.drive import PENDING, Wait, collect
 from agentflow.errors import (
     BudgetExceeded,
     JournalError,
     LeaseLost,
+    RunCancelled,
     StepFailed,
     StepNotAwaited,
     Waiting,
 )
-from agentflow.handles import waiting
-from agentflow.journal import Add, Drop, Put
+from agentflow.handles import waiting, workflows
+from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.opening import Opened, code_digest
 from agentflow.records import moment, money
 from agentflow.run import Execution
@@ -61,6 +62,22 @@ def before_undoing(opened: Opened) -> None:
         opened.ex.journal.commit(
             [Put(f"r/{opened.ex.key}", orjson.dumps(opened.document).decode())], fence=opened.ex.fence
         )
+
+
+def children_to_undo(opened: Opened) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Workflow and document of each run inside a cancelled one that is to be undone before it, the last one first."""
+    ex = opened.ex
+    if not opened.document.get("cancelling"):
+        return
+    for child in list(children.children(ex.journal, ex.run_id))[::-1]:
+        document = rundocs.read(ex.journal, child)
+        if document is None or document["status"] in ("completed", "failed", "cancelled"):
+            continue
+        document = control.cancel(ex.journal, child, compensate=True)
+        if (flow := workflows.get(document["workflow"])) is None:
+            ex.warn(f"run {child} is to be undone by a program that defines {document['workflow']!r}")
+        else:
+            yield flow, document
 
 
 def replayed_with_undo(ex: Execution) -> tuple[Call, dict[str, Any]] | None:
@@ -215,14 +232,27 @@ def close(opened: Opened, status: str) -> None:
     if status == "completed" and (ex.prior is not None or ex.asked_tasks):
         ops += events.give_back(ex)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
+    if status == "failed" and opened.call is not None:
+        ops.append(opened.call.failed(document))
     if status != "waiting":
         ops.append(Drop(rundocs.wake_key(ex.run_id)))
     assert opened.lease is not None
-    opened.lease.release(ops)
+    try:
+        opened.lease.release(ops)
+    except LeaseLost:
+        if not was_cancelled(ex.journal, ex.run_id):
+            raise
+        raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
     if status == "failed":
         ex.settle_marks()
     elif status != "waiting":
         ex.journal.clear_marks(ex.run_id)
+
+
+def was_cancelled(journal: Journal, run_id: str) -> bool:
+    """Whether somebody has ended the run, which takes it from its owner."""
+    document = rundocs.read(journal, run_id)
+    return document is not None and (document["status"] == "cancelled" or bool(document.get("cancelling")))
 
 
 def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
@@ -236,8 +266,7 @@ def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
         ops: list[Any] = [Drop(key) for key in opened.ex.unstarted]
         opened.lease.release(ops + rundocs.write(opened.document, "interrupted") + opened.ex.saved_row())
     except LeaseLost:
-        document = rundocs.read(opened.ex.journal, opened.ex.run_id)
-        if document is not None and (document["status"] == "cancelled" or document.get("cancelling")):
+        if was_cancelled(opened.ex.journal, opened.ex.run_id):
             opened.ex.cancelled = True
             log.warning("%s · was cancelled; nothing more is committed here", opened.ex.run_id)
             return

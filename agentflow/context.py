@@ -17,6 +17,7 @@ from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
 from agentflow.events import wait_call
+from agentflow.human import decision_of
 from agentflow.index import Row, Slot
 from agentflow.journal import Add
 from agentflow.records import UNSET, StepRecord, moment
@@ -38,6 +39,8 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
         from agentflow.models import Usage
 
         usage, output = Usage(**output["usage"]), output.get("calls") or output["text"]
+    elif head["kind"] in ("human", "event") and isinstance(output, dict):
+        output = _came(output)
     failed = head.get("error")
     return StepRecord(
         name=head["name"],
@@ -57,6 +60,13 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
         parent=head.get("parent"),
         in_doubt=head.get("in_doubt", 0),
     )
+
+
+def _came(outcome: dict[str, Any]) -> Any:
+    """What a wait was given: the decision of a person, the payload of an event, None where its time was over."""
+    if outcome.get("expired"):
+        return None
+    return decision_of(outcome, codec.look) if "approved" in outcome else outcome.get("payload")
 
 
 class Steps:

@@ -540,7 +540,10 @@ def _retries(retry: Retry, attempt: int, failure: Exception) -> bool:
         failure, UsageError | StepChanged | NondeterministicStep | CapturedChanged
     ):
         return False
-    return retry.retry_if is None or bool(retry.retry_if(failure))
+    if retry.retry_if is not None:
+        return bool(retry.retry_if(failure))
+    # A request that the provider refuses for good is refused again.
+    return not (isinstance(failure, ModelError) and (failure.status or 0) >= 400 and not failure.retryable)
 
 
 def _delay(retry: Retry, attempt: int, failure: Exception) -> float:

@@ -8,6 +8,7 @@ one commit). A crash anywhere leaves a run whose lease is dead: the next start t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import time
@@ -19,6 +20,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 from agentflow import budgets, closing, codec, cron, opening, rundocs, typecheck
 from agentflow.blocking import collect_blocking, drive_blocking, park_blocking, run_coroutine, stop_paying
 from agentflow.calls import ON_CHANGE, Suspend, here
+from agentflow.childcalls import ChildCall
 from agentflow.context import Context
 from agentflow.cron import Schedule
 from agentflow.drive import execute, park
@@ -33,7 +35,7 @@ from agentflow.errors import (
     UsageError,
     Waiting,
 )
-from agentflow.handles import Plan, Run, single, workflows
+from agentflow.handles import Plan, Run, run_apart, single, stored_error, workflows
 from agentflow.records import PlanStep
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
@@ -180,7 +182,7 @@ class Workflow(Generic[P, T]):
         """What ``run`` would do: reused, changed with the difference, or new. Writes and spends nothing."""
         if self._definition.blocking:
             return await asyncio.to_thread(self.plan_blocking, *args, **kwargs)
-        ex, context, arguments = self._planned(args, kwargs)
+        ex, context, arguments = self._planned(opening.arguments(self._definition, args, kwargs))
         try:
             await execute(ex, lambda: self._body(context, arguments))
         except (Suspend, Exception) as error:
@@ -189,7 +191,7 @@ class Workflow(Generic[P, T]):
 
     def plan_blocking(self, *args: Any, **kwargs: Any) -> Plan:
         """``plan`` for plain code."""
-        ex, context, arguments = self._planned(args, kwargs)
+        ex, context, arguments = self._planned(opening.arguments(self._definition, args, kwargs))
         outer = here.set(ex.root)
         try:
             self._body(context, arguments)
@@ -199,15 +201,26 @@ class Workflow(Generic[P, T]):
             here.reset(outer)
         return Plan(ex.run_id, ex.plan_steps)
 
-    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Execution, Context, dict[str, Any]]:
-        arguments = opening.arguments(self._definition, args, kwargs)
+    def _planned(
+        self, arguments: dict[str, Any], call: ChildCall | None = None
+    ) -> tuple[Execution, Context, dict[str, Any]]:
+        """An execution that only looks. ``call``: where the run that is planned asks for this one."""
         journal = open_journal()
         document, run_id = opening.locate(self._definition, journal, arguments)
         prior = opening.ended_as(document) if document is not None else None
+        if call is not None:
+            if (failure := call.failed_before(run_id)) is not None:
+                raise failure
+            if document is not None and prior == "cancelled":
+                raise RunCancelled(f"run {run_id} was cancelled.")
+            if document is not None and prior == "failed" and document.get("compensated") == "done":
+                raise stored_error(document)
         if document is not None and prior == "failed":
             rundocs.note_retry(document)
         ex = opening.execution(self._definition, journal, run_id, document, arguments, prior)
         ex.plan = True
+        if call is not None:
+            ex.plan_steps = call.ex.plan_steps
         return ex, Context(ex, single(arguments), self._definition.blocking), arguments
 
     def _plan_ends(self, ex: Execution, error: BaseException) -> None:
@@ -250,36 +263,61 @@ class Workflow(Generic[P, T]):
         """The names of the function's arguments after the context."""
         return list(self._definition.signature.parameters)
 
+    async def _recorded(self, call: ChildCall, arguments: dict[str, Any], ids: list[str] | None) -> Any:
+        """This run as a part of a plan: its result, if all of it is recorded; it is stopped where it would run."""
+        try:
+            if self._definition.blocking:
+                context = contextvars.copy_context()
+                return await asyncio.to_thread(context.run, self._recorded_blocking, call, arguments, ids)
+            ex, context_, arguments = self._planned(arguments, call)
+            outer = here.set(None)
+            try:
+                value = await execute(ex, lambda: self._body(context_, arguments))
+            finally:
+                here.reset(outer)
+            return _looked_at(ex, value, ids)
+        except Suspend:
+            await park(call.ex, None)
+
+    def _recorded_blocking(self, call: ChildCall, arguments: dict[str, Any], ids: list[str] | None) -> Any:
+        ex, context, arguments = self._planned(arguments, call)
+        outer = here.set(ex.root)
+        try:
+            return _looked_at(ex, self._body(context, arguments), ids)
+        finally:
+            here.reset(outer)
+
     async def _run(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
         """Run it; inside another run, which waits for what this one waits for, until it has ended."""
-        caller = _around() if ids is None else None
+        call = _asked_for()
+        if call is not None and call.ex.plan:
+            return await self._recorded(call, arguments, ids)
+        caller = call.ex if call is not None and ids is None else None
         while True:
             try:
-                return await self._once(arguments, ids)
+                return await self._once(arguments, ids, call)
             except Waiting as error:
                 if caller is None:
                     raise
                 wait = closing.childs_wait(caller, error)
             await park(caller, wait)
 
-    async def _once(self, arguments: dict[str, Any], ids: list[str] | None) -> Any:
+    async def _once(self, arguments: dict[str, Any], ids: list[str] | None, call: ChildCall | None) -> Any:
         if self._definition.blocking:
             context = contextvars.copy_context()
-            return await asyncio.to_thread(context.run, self._once_blocking, arguments, ids)
+            return await asyncio.to_thread(context.run, self._once_blocking, arguments, ids, call)
         delay = 0.05
         while True:
             try:
-                opened = opening.open_run(self._definition, arguments)
+                opened = opening.open_run(self._definition, arguments, call, ids)
                 break
             except RunBusy:
                 if self._definition.options.busy != "wait":
                     raise
                 await asyncio.sleep(delay)
                 delay = min(delay * 1.5, 1.0)
-        if ids is not None:
-            ids.append(opened.ex.run_id)
         ex = opened.ex
-        ex.around = _around()
+        ex.around = None if call is None else call.ex
         context_ = Context(ex, single(opened.arguments), False)
         outer = here.set(None)
         try:
@@ -299,6 +337,9 @@ class Workflow(Generic[P, T]):
             ex.closed = ex.suspended = False
             try:
                 closing.before_undoing(opened)
+                for child, document in closing.children_to_undo(opened):
+                    with contextlib.suppress(RunCancelled, Waiting):
+                        await child.again(document)
                 if ex.compensations:
                     await execute(ex, lambda: closing.undo(ex))
             except Suspend:
@@ -323,21 +364,27 @@ class Workflow(Generic[P, T]):
 
     def _run_blocking(self, arguments: dict[str, Any], ids: list[str] | None = None) -> Any:
         """``_run`` for plain code."""
-        caller = _around() if ids is None else None
+        call = _asked_for()
+        if call is not None and call.ex.plan:
+            try:
+                return self._recorded_blocking(call, arguments, ids)
+            except Suspend:
+                park_blocking(call.ex, None)
+        caller = call.ex if call is not None and ids is None else None
         while True:
             try:
-                return self._once_blocking(arguments, ids)
+                return self._once_blocking(arguments, ids, call)
             except Waiting as error:
                 if caller is None:
                     raise
                 wait = closing.childs_wait(caller, error)
             park_blocking(caller, wait)
 
-    def _once_blocking(self, arguments: dict[str, Any], ids: list[str] | None) -> Any:
+    def _once_blocking(self, arguments: dict[str, Any], ids: list[str] | None, call: ChildCall | None) -> Any:
         delay = 0.05
         while True:
             try:
-                opened = opening.open_run(self._definition, arguments)
+                opened = opening.open_run(self._definition, arguments, call, ids)
                 break
             except RunBusy:
                 if self._definition.options.busy != "wait":
@@ -345,9 +392,7 @@ class Workflow(Generic[P, T]):
                 time.sleep(delay)
                 delay = min(delay * 1.5, 1.0)
         ex = opened.ex
-        ex.around = _around()
-        if ids is not None:
-            ids.append(ex.run_id)
+        ex.around = None if call is None else call.ex
         context = Context(ex, single(opened.arguments), True)
         outer = here.set(ex.root)
         try:
@@ -370,16 +415,19 @@ class Workflow(Generic[P, T]):
                 raise over from (None if over is error else error)
             try:
                 closing.before_undoing(opened)
+                for child, document in closing.children_to_undo(opened):
+                    with contextlib.suppress(RunCancelled, Waiting):
+                        run_apart(child.again(document))
                 while (inside := closing.replayed_with_undo(ex)) is not None:
                     try:
                         collect_blocking(ex, *inside)
                     except Exception as failure:
                         closing.not_undone(ex, inside[0], failure)
-                for call, slot, value in ex.compensations[::-1]:
+                for done, slot, value in ex.compensations[::-1]:
                     try:
-                        drive_blocking(closing.undoing(ex, call, slot, value))
+                        drive_blocking(closing.undoing(ex, done, slot, value))
                     except Exception as failure:
-                        closing.not_undone(ex, call, failure)
+                        closing.not_undone(ex, done, failure)
             except Suspend:
                 ex.closed = True
                 raise closing.close_waiting(opened) from None
@@ -397,10 +445,16 @@ class Workflow(Generic[P, T]):
         return closing.close_completed(opened, *result)
 
 
-def _around() -> Execution | None:
-    """The run in whose body or step this code stands."""
+def _asked_for() -> ChildCall | None:
+    """The place in the run in whose body or step this code stands."""
     place = here.get()
-    return None if place is None or place.ex.scratch else place.ex
+    return None if place is None or place.ex.scratch else ChildCall(place)
+
+
+def _looked_at(ex: Execution, value: Any, ids: list[str] | None) -> Any:
+    if ids is not None:
+        ids.append(ex.run_id)
+    return closing.result(ex, value)[1]
 
 
 class _Decorator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Coroutine, Generator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ class Run:
     def error(self) -> str | None:
         """Type and message of what failed, else None."""
         error = self._document.get("error")
-        return f"{error['name']}: {error['message']}" if error else None
+        return _in_words(error) if error else None
 
     @property
     def steps(self) -> list[StepRecord]:
@@ -158,9 +158,7 @@ class Run:
         leftover.cancel(self._journal, self.id)
         if compensate and self._workflow is not None and self.status != "cancelled":
             with contextlib.suppress(RunCancelled):
-                context = contextvars.copy_context()
-                context.run(here.set, None)
-                context.run(run_coroutine, self._workflow.again(self._document))
+                run_apart(self._workflow.again(self._document))
         return _Cancelled(self._journal, rundocs.find(self._journal, self.id), self._workflow)
 
     @property
@@ -300,10 +298,24 @@ class Run:
         return f"<Run {self.id} {self.status}>"
 
 
+def run_apart(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end from plain code, as if it stood in no run."""
+    context = contextvars.copy_context()
+    context.run(here.set, None)
+    return context.run(run_coroutine, coroutine)
+
+
 class _Cancelled(Run):
     def __await__(self) -> Generator[Any, Any, Any]:
         return self
         yield  # a generator, which gives the run at once
+
+
+def _in_words(error: dict[str, Any]) -> str:
+    """Type and message; of a group with those of the first failures in it."""
+    text = f"{error['name']}: {error['message']}"
+    inner = "; ".join(map(_in_words, error.get("exceptions", ())[:3]))
+    return f"{text}: {inner}" if inner else text
 
 
 def single(arguments: dict[str, Any]) -> Any:

@@ -15,12 +15,14 @@ from typing import Any
 
 from agentflow import codec, human, rundocs, terminal, typecheck
 from agentflow.budgets import RunBudget
-from agentflow.calls import Suspend, here
+from agentflow.calls import Suspend
 from agentflow.capture import data_digest
+from agentflow.childcalls import ChildCall
 from agentflow.children import note_caller
 from agentflow.codedigest import code_of
 from agentflow.drive import drive
 from agentflow.errors import (
+    LeaseLost,
     RunCancelled,
     UsageError,
 )
@@ -64,11 +66,12 @@ class Definition:
 class Opened:
     """A run that this process owns, and what its document said before."""
 
-    __slots__ = ("arguments", "document", "ex", "flow", "lease", "started")
+    __slots__ = ("arguments", "call", "document", "ex", "flow", "lease", "started")
 
     def __init__(
         self, flow: Definition, ex: Execution, document: dict[str, Any], lease: Lease | None, arguments: dict[str, Any]
     ) -> None:
+        self.call: ChildCall | None = None
         self.flow = flow
         self.ex = ex
         self.document = document
@@ -113,8 +116,14 @@ def input_digest(flow: Definition, arguments: dict[str, Any]) -> str:
     return data_digest(given)
 
 
-def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
-    """Take the run: its lease, its document, its records."""
+def open_run(
+    flow: Definition, given: dict[str, Any], call: ChildCall | None = None, ids: list[str] | None = None
+) -> Opened:
+    """Take the run: its lease, its document, its records.
+
+    ``call``: where another run asks for it; if it has failed there and that is history, its failure is raised.
+    ``ids``: gets the run's id.
+    """
     only_looking()
     journal = open_journal()
     text = codec.encode(given, where="input")
@@ -127,8 +136,11 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
     elif flow.options.rerun:
         raise UsageError(f"rerun={list(flow.options.rerun)}: there is no run {run_id} of this input yet.")
     new = document is None
-    place = here.get()
-    parent = place.ex if place is not None and not place.ex.scratch else None
+    if call is not None and (failure := call.failed_before(run_id)) is not None:
+        if ids is not None:
+            ids.append(run_id)
+        raise failure
+    parent = None if call is None else call.ex
     ended = document is not None and document["status"] in ("completed", "cancelled")
     if parent is not None and not ended and parent.overdue():
         raise Suspend
@@ -158,21 +170,30 @@ def open_run(flow: Definition, given: dict[str, Any]) -> Opened:
         run_id=run_id,
     )
     try:
-        note_caller(journal, run_id, lease)
+        note_caller(journal, run_id, lease, None if call is None else call.started)
         stored = rundocs.read(journal, run_id)
         if new and stored is not None and stored["created_at"] == document["created_at"]:
             prior = None
         elif flow.options.fresh:
             # Another process has taken this number for its own fresh run; there is a next one.
             lease.release()
-            return open_run(flow, given)
+            return open_run(flow, given, call, ids)
         else:
             assert stored is not None
             document, prior = stored, ended_as(stored)
-        return take_up(flow, journal, document, lease, prior, text, arguments)
+        opened = take_up(flow, journal, document, lease, prior, text, arguments)
+    except LeaseLost:
+        taken = rundocs.read(journal, run_id)
+        if taken is None or not (taken["status"] == "cancelled" or taken.get("cancelling")):
+            raise
+        raise RunCancelled(f"run {run_id} was cancelled.") from None
     except BaseException:
         lease.release()
         raise
+    opened.call = call
+    if ids is not None:
+        ids.append(run_id)
+    return opened
 
 
 def named(flow: Definition, arguments: dict[str, Any]) -> str:

@@ -39,6 +39,8 @@ def would_run(call: Call, row: Row | None, read: dict[str, tuple[str, str]]) -> 
         if asks:
             planned.cost, planned.tokens = sending.estimate(call.request, None)
             planned.reason += f", {planned.tokens}"
+        elif call.wait is not None:
+            planned.cost = Decimal(0)  # a person, an event or a time is waited for
         return planned
     if (before := _request(call, row)) is not None:
         shown = _changed_lines(_as_lines(before), _as_lines(call.request))

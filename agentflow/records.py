@@ -37,7 +37,8 @@ class Retry:
         max_delay: no delay is longer than this, in seconds or as a duration.
         factor: what an exponential delay is multiplied with each time.
         jitter: draw each delay evenly between half and all of it, so that many do not come at once.
-        retry_if: called with the exception; False gives up at once. None retries every ``Exception``.
+        retry_if: called with the exception; False gives up at once. None retries every ``Exception`` but the
+            ``ModelError`` of a request that its provider refuses for good, such as one with status 400 or 401.
         resample: True asks the model again in a new attempt; False reuses what an attempt had paid for.
 
     >>> [Retry(jitter=False, initial_delay=1, max_delay=5).delay(n) for n in (1, 2, 3, 4)]
@@ -129,6 +130,7 @@ class StepRecord:
 
     Times are aware UTC datetimes, ``duration`` is in seconds, ``cost`` in dollars (None: unknown or
     no model call). ``replayed`` tells whether this execution reused the record.
+    ``output`` is of a human task its ``Decision``, of a wait for an event the payload, None where the time was over.
     ``in_doubt`` counts the processes that found it started and without a result, and went on with it.
     """
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import orjson
+
 from agentflow import codec, rundocs
 from agentflow.errors import RunCancelled, UsageError
 from agentflow.index import BRANCH, PRED, Row, in_key, short
@@ -57,6 +59,9 @@ def retry(
                 rundocs.note_retry(document)
         kept = {name: text for name, text in document.get("results", {}).items() if not _names(rows, gone, name)}
         document["results"] = kept | given
+        if target is not None:  # a child that failed after that step is asked for anew
+            children = journal.scan(f"cf/{in_key(run_id)}/")
+            ops += [Drop(key) for key, text in children if orjson.loads(text)["s1"] > target.head["s1"]]
         for name in _ENDING:
             document.pop(name, None)
         ops += rundocs.write(document, "interrupted")
@@ -92,6 +97,10 @@ def fork(
             if len(ops) >= _CHUNK:
                 journal.commit(ops, fence=lease.fence)
                 ops = []
+        # What failed inside runs that were asked for before is history of the fork as well.
+        for key, text in journal.scan(f"cf/{in_key(parent)}/"):
+            if target is None or orjson.loads(text)["s1"] < target.head["s0"]:
+                ops.append(Add(f"cf/{in_key(run_id)}/{key.split('/', 2)[2]}", text))
         made: dict[str, Any] = {name: document[name] for name in ("workflow", "epoch", "code") if name in document}
         kept = {name: value for name, value in document.get("results", {}).items() if not _names(rows, left, name)}
         made |= {"id": run_id, "created_at": time.time(), "input": text, "parent": parent, "results": kept | given}

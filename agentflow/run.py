@@ -107,7 +107,7 @@ class Execution:
     abandoned: set[Any] = field(default_factory=set)
     records: Records = field(init=False)
     key: str = field(init=False)
-    marks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    marks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tasks: dict[Any, str] = field(default_factory=dict)
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
@@ -457,12 +457,16 @@ class Execution:
             return None
         return "it failed last time"
 
+    def tried_again(self, failure: dict[str, Any]) -> bool:
+        """Whether what failed (it has ``s1`` and ``branch``, as a record's head) is tried again, and not history."""
+        return self._failed_with(failure) > 0 and not self._handled(failure)
+
     def retries(self, slot: Slot, n: int) -> bool:
         """Whether a late result may stand in for the failure recorded before it."""
         if self.scratch or n == 0:
             return True
         head = self.records.row(slot, n - 1).head
-        return head["status"] != "failed" or (self._failed_with(head) > 0 and not self._handled(head))
+        return head["status"] != "failed" or self.tried_again(head)
 
     def _failed_with(self, head: dict[str, Any]) -> int:
         """The first execution after this failure that failed and is run again, or 0: so long, code may handle it."""
@@ -473,6 +477,8 @@ class Execution:
         if self._starts is None:
             rows = (Row(key, text).head for key, text in self.journal.scan(self.records.prefix) if "!" not in key)
             self._starts = [(row["branch"], row["s0"]) for row in rows if not row.get("late")]
+            children = (orjson.loads(text) for _, text in self.journal.scan(f"cs/{self.key}/"))
+            self._starts += [(child["branch"], child["s0"]) for child in children]
         branch, end, last = head["branch"], head["s1"], self._failed_with(head)
         return any(
             end < start < [last + 1] and (branch == other or branch.startswith((f"{other}/", f"{other}>")))
@@ -629,11 +635,12 @@ class Execution:
             state.sample = facts["sample"]
             state.since = state.since or facts["t0"]
             state.doubts += facts.get("doubt", 0)
-        state.started = self.marks.get(call.occ) == (slot.n + 1, state.failed + 1)
+        *place, times = self.marks.get(call.occ, (0, 0, 0))
+        state.started = place == [slot.n + 1, state.failed + 1]
         if call.options.in_doubt != "rerun":
             row = f"d/{self.key}/{call.occ}.{slot.n + 1}.{state.failed + 1}"
             state.started = self.journal.get(row) is not None
-        state.doubts += state.started
+        state.doubts += max(times, 1) if state.started else 0
         if state.started and call.request is not None:
             # Replies, ids of calls in the background, places in batches.
             places = (f"{row}/{self.key}/{call.occ}/" for row in ("m", "i", "bm"))
@@ -680,7 +687,9 @@ class Execution:
         places: dict[str, dict[str, Any]] = {}
         for line in self.journal.marks(self.run_id):
             facts = orjson.loads(line)
-            self.marks[facts["o"]] = (facts["v"], facts.get("a", 0))
+            place = (facts["v"], facts.get("a", 0))
+            *before, times = self.marks.get(facts["o"], (0, 0, 0))
+            self.marks[facts["o"]] = (*place, times + 1 if tuple(before) == place else 1)
             if "p" in facts:
                 places[facts["o"]] = facts
         for occ, facts in places.items():

@@ -319,6 +319,7 @@ class _Parallel:
         for index, item in enumerate(items):
             if not inspect.isawaitable(item):
                 where = keys[index] if keys is not None else index
+                _close(items)
                 raise UsageError(
                     f"parallel: branch {where!r} is {item!r}; give what step(...) returns, or a coroutine."
                 )
@@ -374,6 +375,21 @@ async def _wrap(item: Awaitable[Any]) -> Any:
     return await item
 
 
+def _close(items: list[Any]) -> None:
+    """Of a fan-out that is refused nothing starts, and nothing was forgotten either."""
+    for item in items:
+        if hasattr(item, "close"):
+            item.close()
+
+
+def _limits(concurrency: int | None, timeout: Duration | None) -> float | None:
+    if concurrency is not None and (
+        isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
+    ):
+        raise UsageError(f"parallel(concurrency={concurrency!r}): 1 or more, or None for all at once.")
+    return seconds(timeout, what="timeout")
+
+
 async def _fan_out(
     starts: list[Callable[[], Any]],
     labels: list[Any],
@@ -382,11 +398,11 @@ async def _fan_out(
     timeout: Duration | None,
     made: list[Any],
 ) -> list[Any]:
-    if concurrency is not None and (
-        isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
-    ):
-        raise UsageError(f"parallel(concurrency={concurrency!r}): 1 or more, or None for all at once.")
-    limit = seconds(timeout, what="timeout")
+    try:
+        limit = _limits(concurrency, timeout)
+    except UsageError:
+        _close(made)
+        raise
     place = here.get()
     ex: Execution | None = place.ex if place is not None and not place.ex.scratch else None
     if ex is not None:

@@ -277,7 +277,7 @@ _NAMES = {
     "ev": "events", "en": "count of events", "w": "waits for events", "wn": "waits for events by name",
     "sc": "schedules", "ab": "cancelled runs with something at a provider", "lease-ab": "leases of these",
     "i": "background calls", "b": "batches", "bm": "calls in batches", "bq": "requests of batches",
-    "be": "errors of batches",
+    "be": "errors of batches", "cs": "starts of runs inside runs", "cf": "failures of runs inside runs",
 }  # fmt: skip
 
 

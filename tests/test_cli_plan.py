@@ -204,3 +204,15 @@ def test_the_only_workflow_of_a_module_needs_no_name_and_is_found_from_its_direc
     )
     assert done.returncode == 0, done.stderr
     assert "unknown  s · not recorded yet" in done.stdout
+
+
+def test_a_run_is_planned_with_its_code_named_as_for_the_other_commands(app: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["plan", f"{app}:plain", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    sys.modules[app].plain.run()
+    (run,) = runs.list()
+    assert run.id == first["id"]
+    assert command(["runs", "plan", run.id, "--module", f"{app}:plain", "--json"]) == 0
+    assert [step["state"] for step in json.loads(capsys.readouterr().out)["steps"]] == ["reused"]
+    assert command(["runs", "plan", "nowhere", "-m", f"{app}:plain"]) == 4
+    assert command(["runs", "plan", run.id, "-m", f"{app}:plain", "--run", run.id]) == 2

@@ -20,6 +20,8 @@ from agentflow import (
     Waiting,
     WorkflowTimeout,
     human_task,
+    opening,
+    parallel,
     runs,
     step,
     sync,
@@ -327,3 +329,93 @@ async def test_person_is_asked_again_when_a_run_is_retried_from_before_the_quest
         await flow.runs()[0].retry(from_step="write")
     tasks.approve(tasks.list()[0].id, by="Bob")
     assert await flow.run() == "Bob"
+
+
+def test_a_cancelled_run_undoes_what_the_runs_inside_it_did_before_its_own_steps() -> None:
+    undone: list[str] = []
+
+    @workflow("inner-plain")
+    async def inner(ctx: Context, name: str) -> None:
+        await step("book", lambda: f"{name} room", compensate=undone.append)
+        await human_task(data=name)
+
+    @workflow("outer-plain")
+    async def outer(ctx: Context) -> None:
+        await step("book", lambda: "flight", compensate=undone.append)
+        await parallel([inner.run("a"), inner.run("b"), human_task(data="outer")])
+
+    with pytest.raises(Waiting):
+        outer.run_sync()
+    (run,) = outer.runs()
+    assert run.cancel(compensate=True).status == "cancelled"
+    assert sorted(undone[:2]) == ["a room", "b room"] and undone[2:] == ["flight"]
+    assert {each.status for each in runs.list()} == {"cancelled"}
+    assert tasks.list() == []
+    assert run.cancel(compensate=True).status == "cancelled" and len(undone) == 3
+
+
+def test_a_cancelled_plain_run_undoes_what_the_plain_runs_inside_it_did() -> None:
+    undone: list[str] = []
+
+    @sync.workflow("inner-of-plain")
+    def inner(ctx: Context, name: str) -> None:
+        sync.step("book", lambda: f"{name} room", compensate=undone.append)
+        sync.human_task(data=name)
+
+    @sync.workflow("outer-of-plain")
+    def outer(ctx: Context) -> None:
+        sync.step("book", lambda: "flight", compensate=undone.append)
+        inner.run("a")
+
+    with pytest.raises(Waiting):
+        outer.run()
+    (run,) = outer.runs()
+    assert run.cancel(compensate=True).status == "cancelled"
+    assert undone == ["a room", "flight"]
+    assert {each.status for each in runs.list()} == {"cancelled"}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
+@pytest.mark.parametrize("moment", ["the end", "a wait", "a failure"])
+def test_a_run_that_is_cancelled_after_its_last_step_says_that_it_was_cancelled(plain: bool, moment: str) -> None:
+    def last(ctx: Context) -> None:
+        runs.cancel(ctx.run_id)
+        if moment == "a failure":
+            raise ValueError("late")
+
+    @workflow("ends-late")
+    async def flow(ctx: Context) -> None:
+        await step("one", lambda: 1)
+        last(ctx)
+        if moment == "a wait":
+            await human_task(data=1)
+
+    @sync.workflow("ends-late-plain")
+    def flow_plain(ctx: Context) -> None:
+        sync.step("one", lambda: 1)
+        last(ctx)
+        if moment == "a wait":
+            sync.human_task(data=1)
+
+    with pytest.raises(RunCancelled, match="was cancelled"):
+        (flow_plain if plain else flow).run_sync()
+    assert [run.status for run in runs.list()] == ["cancelled"] and tasks.list() == []
+
+
+def test_a_run_that_is_cancelled_while_it_is_taken_up_says_that_it_was_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    @workflow("taken-up")
+    async def flow(ctx: Context) -> None:
+        await human_task(data=1)
+
+    with pytest.raises(Waiting):
+        flow.run_sync()
+    take_up = opening.take_up
+
+    def cancelled_first(*args: Any) -> Any:
+        runs.cancel(runs.list()[0].id)
+        return take_up(*args)
+
+    monkeypatch.setattr(opening, "take_up", cancelled_first)
+    with pytest.raises(RunCancelled, match="was cancelled"):
+        flow.run_sync()
+    assert runs.list()[0].status == "cancelled"

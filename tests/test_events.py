@@ -67,7 +67,7 @@ async def test_run_waits_names_the_event_and_goes_on_when_it_was_sent(again: Cal
         again()
         assert await flow.run() == {"amount": 3}
     (record,) = flow.runs()[0].steps
-    assert (record.name, record.kind, record.output["payload"]) == ("event paid", "event", {"amount": 3})
+    assert (record.name, record.kind, record.output) == ("event paid", "event", {"amount": 3})
 
 
 async def test_event_sent_before_the_run_or_the_wait_is_there_at_once(journal: Journal) -> None:
@@ -469,7 +469,7 @@ def test_event_taken_before_a_kill_is_there_though_no_other_comes(tmp_path: Path
     run_program(KILLED, tmp_path, "1", "die", expect_kill=True)
     assert left(journal) == 0
     assert run_program(KILLED, tmp_path).out == "waiting None\n"
-    assert [s.output["payload"] for s in runs.list()[0].steps] == [1]
+    assert [s.output for s in runs.list()[0].steps] == [1]
     assert run_program(KILLED, tmp_path, "2").out == "completed [1, 2]\n"
 
 

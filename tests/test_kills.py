@@ -399,3 +399,25 @@ doubtful.options(run_id="doubtful").run_sync()
     monkeypatch.setenv("AGENTFLOW_PATH", str(tmp_path / "journal"))
     (flaky,) = runs.get("doubtful").steps
     assert (flaky.output, flaky.attempts, flaky.in_doubt) == (2, 2, 1)
+
+
+def test_each_process_that_died_within_a_step_counts_as_a_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+def charge():
+    note("charge")
+    if sys.argv[1:] == ["die"]:
+        die()
+
+@workflow("doubtful")
+async def doubtful(ctx):
+    await step("charge", charge)
+
+doubtful.options(run_id="doubtful").run_sync()
+"""
+    for _ in range(3):
+        run_program(source, tmp_path, "die", expect_kill=True)
+    run_program(source, tmp_path)
+    assert notes(tmp_path) == ["charge"] * 4
+    monkeypatch.setenv("AGENTFLOW_PATH", str(tmp_path / "journal"))
+    (charge,) = runs.get("doubtful").steps
+    assert (charge.attempts, charge.in_doubt) == (1, 3)

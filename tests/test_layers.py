@@ -39,6 +39,7 @@ LAYERS = [
     {"agent"},
     {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
+    {"childcalls"},
     {"opening"},
     {"closing"},
     {"flow", "runs"},

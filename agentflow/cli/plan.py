@@ -19,19 +19,30 @@ JSON = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 def plan(
     workflow: Annotated[
-        str, typer.Argument(metavar="MODULE:ATTRIBUTE", help="The workflow: app:triage, app.py:triage.")
+        str,
+        typer.Argument(
+            metavar="MODULE:ATTRIBUTE", help="The workflow, such as app:triage or app.py:triage; with --module, a run."
+        ),
     ],
     input: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="The workflow's argument, or an object with its arguments by name."),
     ] = None,
     run: Annotated[str | None, typer.Option(metavar="RUN", help="Plan this run, with the input it has.")] = None,
+    module: Annotated[
+        str | None,
+        typer.Option("--module", "-m", metavar="MODULE:NAME", help="Your code: runs plan RUN -m app:flow."),
+    ] = None,
     json: JSON = False,
 ) -> None:
     """What a run would do now: each step reused, changed (with the difference) or unknown, and what it may cost.
 
     Imports the module named, runs the workflow's function against the records, and spends nothing.
     """
+    if module is not None:
+        if run is not None:
+            raise UsageError("name the run once: runs plan RUN --module app:flow, or runs plan app:flow --run RUN.")
+        workflow, run = module, workflow
     flow = loading.workflow(workflow)
     if run is not None:
         if input is not None:
