@@ -262,9 +262,9 @@ def _run(call: Call, again: int = 0) -> Process:
         ex.say(f"{call.name}: is still running from before; waiting for it")
         yield ("join", still)
         ex.records.load(f"{slot.ident}/")
-        kept: Slot = still.result()
-        if kept is not slot and kept.n >= 0 and ex.records.at(kept.ident, kept.place) is kept:
-            slot = call.slot = kept  # a failed attempt of the step around it had begun this one
+        held: Slot = still.result()
+        if held is not slot and held.n >= 0 and ex.records.at(held.ident, held.place) is held:
+            slot = call.slot = held  # a failed attempt of the step around it had begun this one
             ex.take(call, slot)
         row = judge(call, slot)
         if row is not None:
