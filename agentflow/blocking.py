@@ -266,11 +266,18 @@ def count_going(ex: Execution | None, change: int) -> None:
             ex.turn.notify_all()
 
 
-def leave(ex: Execution, branches: list[str]) -> None:
-    """A branch of plain code has failed: its siblings start no further step and wait for nobody."""
+def leave(ex: Execution, branches: list[tuple[str, str]]) -> None:
+    """A branch of plain code has failed: its siblings (scope and branch) start no further step and wait for nobody."""
     with ex.turn:
         ex.left_branches += branches
         ex.turn.notify_all()
+
+
+def all_left(ex: Execution, branches: list[tuple[str, str]]) -> None:
+    """They have ended: a new attempt of the step around them may have branches of the same names."""
+    with ex.turn:
+        for each in branches:
+            ex.left_branches.remove(each)
 
 
 class _Portal:

@@ -217,15 +217,15 @@ async def _in_thread(call: Call, current: Current) -> Any:
         raise
 
 
-def when_back(future: Future[Any], current: Current) -> Future[None]:
-    """A thread cannot be stopped: what it returns after its caller was released is kept. Done when it is."""
-    kept: Future[None] = Future()
+def when_back(future: Future[Any], current: Current) -> Future[Any]:
+    """A thread cannot be stopped: what it returns after its caller was released is kept. Gives its slot then."""
+    kept: Future[Any] = Future()
 
     def came_back(done: Future[Any]) -> None:
         try:
             keep(done, current)
         finally:
-            kept.set_result(None)
+            kept.set_result(current.facts[0])
 
     future.add_done_callback(came_back)
     return kept

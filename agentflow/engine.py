@@ -262,6 +262,10 @@ def _run(call: Call, again: int = 0) -> Process:
         ex.say(f"{call.name}: is still running from before; waiting for it")
         yield ("join", still)
         ex.records.load(f"{slot.ident}/")
+        held: Slot = still.result()
+        if held is not slot and held.n >= 0 and ex.records.at(held.ident, held.place) is held:
+            slot = call.slot = held  # a failed attempt of the step around it had begun this one
+            ex.take(call, slot)
         row = judge(call, slot)
         if row is not None:
             return ex.deliver(call, row)

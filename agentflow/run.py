@@ -103,7 +103,7 @@ class Execution:
     plan_steps: list[PlanStep] = field(default_factory=list)
     compensations: list[tuple[Call, Slot | None, Any]] = field(default_factory=list)
     collecting: bool = False
-    left_branches: list[str] = field(default_factory=list)
+    left_branches: list[tuple[str, str]] = field(default_factory=list)
     abandoned: set[Any] = field(default_factory=set)
     records: Records = field(init=False)
     key: str = field(init=False)
@@ -296,7 +296,8 @@ class Execution:
         """Whether a sibling's failure has ended the branch that stands here (plain code, which nothing can cancel)."""
         at: Here | None = place
         while at is not None:
-            if any(at.branch == left or at.branch.startswith(f"{left}/") for left in self.left_branches):
+            branch = f"{at.branch}/"
+            if any(at.scope == scope and branch.startswith(f"{left}/") for scope, left in self.left_branches):
                 return True
             at = at.outer.call.here if at.outer is not None else None
         return False

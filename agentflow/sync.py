@@ -22,7 +22,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from agentflow import agent, aicall, embeddings, flow, human, runs, steps, tasks
-from agentflow.blocking import count_going, drive_blocking, leave, run_coroutine
+from agentflow.blocking import all_left, count_going, drive_blocking, leave, run_coroutine
 from agentflow.calls import Here, current_step, here
 from agentflow.context import Context
 from agentflow.drive import branch_label
@@ -198,6 +198,7 @@ def _fan_out(
     running: dict[Future[Any], int] = {}
     waiting = list(range(len(fns)))[::-1]
     first: BaseException | None = None
+    given_up: list[tuple[str, str]] = []
     # This thread waits for its branches; one that has ended counts until the next has taken its turn.
     ended = 1
     try:
@@ -231,7 +232,8 @@ def _fan_out(
                 elif first is None:
                     first = error
                     if ex is not None and place is not None and isinstance(error, Exception):
-                        leave(ex, [f"{place.branch}/{names[i]}" for i in running.values()])
+                        given_up = [(place.scope, f"{place.branch}/{names[i]}") for i in running.values()]
+                        leave(ex, given_up)
     finally:
         for future in running:
             future.add_done_callback(lambda _: count_going(ex, -1))
@@ -239,6 +241,8 @@ def _fan_out(
             ex.branches_ended(place, [names[index] for index in (*running.values(), *waiting)])
         count_going(ex, 1 - ended)
     if first is not None:
+        if ex is not None:
+            all_left(ex, given_up)
         raise first
     return results
 

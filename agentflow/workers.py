@@ -58,7 +58,7 @@ threads = _Threads()
 
 # Functions whose callers were cancelled while they ran on, by (journal, run, occurrence): done once what
 # they returned is recorded. Whoever asks for the step meanwhile waits instead of calling it twice.
-in_flight: dict[tuple[str, str, str], Future[None]] = {}
+in_flight: dict[tuple[str, str, str], Future[Any]] = {}
 
 
 def _after_fork() -> None:

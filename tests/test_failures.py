@@ -1554,3 +1554,123 @@ def test_ctrl_c_lets_a_paid_call_in_flight_be_recorded(folder: Path) -> None:
         ended = run_program(program, folder, env=server.environment)
         assert "result answer to" in ended.out
         assert len(server.arrived) == 1
+
+
+# -- attempts of an outer step and what the one before had left at work ---------------------------
+
+
+@pytest.mark.parametrize("form", ["parallel", "group"])
+def test_a_thread_that_a_failed_attempt_left_at_work_is_waited_for_by_the_next(form: str, folder: Path) -> None:
+    failed = threading.Event()
+
+    def slow() -> str:
+        note("charge")
+        failed.wait(30)
+        return "paid"
+
+    async def breaks() -> str:
+        while "charge" not in words(folder):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if current_step().parent.attempt < 2:
+            asyncio.get_running_loop().call_later(0.05, failed.set)
+            raise ConnectionError("once more")
+        return "ok"
+
+    async def outer() -> list[str]:
+        calls = [step("charge", slow), step("breaks", breaks)]
+        if form == "parallel":
+            return list(await parallel(calls))
+        async with asyncio.TaskGroup() as group:
+            made = [group.create_task(call) for call in calls]
+        return [task.result() for task in made]
+
+    @workflow
+    async def trip(ctx: Any) -> list[str]:
+        return await step("outer", outer, retry={"max_attempts": 2, **QUICK})
+
+    assert trip.run_sync() == ["paid", "ok"] == trip.run_sync()
+    assert words(folder) == ["charge"]
+
+
+@pytest.mark.xfail(reason="asyncio.gather leaves branches at work when one fails; a new attempt begins their steps anew")
+def test_a_branch_of_gather_that_a_failed_attempt_left_at_work_is_waited_for_by_the_next(folder: Path) -> None:
+    failed = threading.Event()
+
+    def slow() -> str:
+        note("charge")
+        failed.wait(30)
+        return "paid"
+
+    async def breaks() -> str:
+        while "charge" not in words(folder):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if current_step().parent.attempt < 2:
+            asyncio.get_running_loop().call_later(0.5, failed.set)
+            raise ConnectionError("once more")
+        return "ok"
+
+    async def outer() -> list[str]:
+        return list(await asyncio.gather(step("charge", slow), step("breaks", breaks)))
+
+    @workflow
+    async def trip(ctx: Any) -> list[str]:
+        return await step("outer", outer, retry={"max_attempts": 2, **QUICK})
+
+    assert trip.run_sync() == ["paid", "ok"]
+    assert words(folder) == ["charge"]
+
+
+def test_plain_branches_of_a_new_attempt_are_not_those_that_the_failed_one_gave_up(folder: Path) -> None:
+    started = threading.Event()
+
+    def slow() -> str:
+        note("charge")
+        started.set()
+        return "paid"
+
+    def breaks() -> str:
+        started.wait(30)
+        if current_step().parent.attempt < 2:
+            raise ConnectionError("once more")
+        return "ok"
+
+    def branch() -> str:
+        sync.step("charge", slow)
+        time.sleep(0.05)
+        return sync.step("more", lambda: "more")
+
+    def outer() -> list[str]:
+        return sync.parallel([branch, lambda: sync.step("breaks", breaks)])
+
+    @sync.workflow
+    def trip(ctx: Any) -> list[str]:
+        return sync.step("outer", outer, retry={"max_attempts": 2, **QUICK})
+
+    assert trip.run() == ["more", "ok"] == trip.run()
+    assert words(folder) == ["charge"]
+
+
+def test_plain_branches_inside_a_step_are_not_those_that_the_body_gave_up(folder: Path) -> None:
+    started, failed = threading.Event(), threading.Event()
+
+    def breaks() -> None:
+        started.wait(30)
+        raise ConnectionError("down")
+
+    def branch() -> str:
+        sync.step("first", started.set)
+        failed.wait(0.1)
+        return sync.step("given up", lambda: "never")
+
+    def inside() -> list[int]:
+        return sync.parallel([lambda: sync.step("one", lambda: 1), lambda: sync.step("two", lambda: 2)])
+
+    @sync.workflow
+    def trip(ctx: Any) -> list[int]:
+        try:
+            sync.parallel([lambda: sync.step("breaks", breaks), branch])
+        except ConnectionError:
+            failed.set()
+        return sync.step("inside", inside)
+
+    assert trip.run() == [1, 2]
