@@ -25,6 +25,7 @@ from agentflow.reuse import located
 from agentflow.run import Execution
 from agentflow.settings import log, settings
 from agentflow.workers import in_flight, threads
+from agentflow.writer import CancelledAfterCommit
 
 PENDING: Any = object()
 PATIENCE = 5.0  # seconds that a step waits for siblings that may leave it their record
@@ -64,8 +65,11 @@ def drive(call: Call) -> Generator[Any, Any, Any]:
 
 async def _perform(call: Call, steps: Generator[Any, Any, Any], effect: Any) -> Any:
     ex = call.ex
+    cancelled: asyncio.CancelledError | None = None
     while True:
         try:
+            if cancelled is not None:
+                raise cancelled
             kind = effect[0]
             result: Any = None
             if kind == "attempt":
@@ -84,13 +88,19 @@ async def _perform(call: Call, steps: Generator[Any, Any, Any], effect: Any) -> 
                 await asyncio.wrap_future(effect[1])
             else:
                 result = await park(ex, ex.ask(effect[1]))
+        except CancelledAfterCommit as error:
+            # What is recorded has happened: it is to be counted, and undone if the run fails.
+            cancelled = asyncio.CancelledError()
+            send, value = steps.send, error.result
         except BaseException as error:
             send, value = steps.throw, error
         else:
-            send, value = steps.send, result  # type: ignore[assignment]
+            send, value = steps.send, result
         try:
             effect = send(value)
         except StopIteration as stop:
+            if cancelled is not None:
+                raise cancelled from None
             return stop.value
 
 
@@ -147,8 +157,29 @@ async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
             if clock.expired():
                 raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
             raise
+    except Exception:
+        await _end_branches(call.ex, current)
+        raise
     finally:
         here.reset(token)
+
+
+async def _end_branches(ex: Execution, failed: Current) -> None:
+    """What a failed attempt has left at work is ended, as at the end of a run: a new attempt begins it anew.
+
+    ``asyncio.gather``, other than a TaskGroup, does not cancel the siblings of what fails.
+    """
+    left = [task for task, around in ex.around_tasks.items() if _is_inside(around, failed) and not task.done()]
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=30)
+
+
+def _is_inside(current: Current | None, outer: Current) -> bool:
+    while current is not None and current is not outer:
+        current = current.parent
+    return current is outer
 
 
 async def _invoke(call: Call, current: Current) -> Any:
@@ -190,6 +221,7 @@ async def _paid(call: Call, current: Current) -> Any:
     ex = call.ex
     task = asyncio.get_running_loop().create_task(call.fn())
     ex.tasks.pop(task, None)
+    ex.around_tasks.pop(task, None)
     ex.stragglers.add(task)
     task.add_done_callback(ex.stragglers.discard)
     try:
@@ -208,6 +240,8 @@ async def _in_thread(call: Call, current: Current) -> Any:
         return await asyncio.shield(waiter)
     except asyncio.CancelledError:
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if current.clock is None or not current.clock.expired():
+            current.left = True  # for good: there will be no other attempt of this call to take what comes
         kept = when_back(future, current)
         if not _timed_out(current):
             key = (call.ex.journal.id, call.ex.run_id, call.occ)
@@ -283,11 +317,14 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
             ex = at.ex
             if not task.done():
                 ex.tasks[task] = label
+                if at.outer is not None:
+                    ex.around_tasks[task] = at.outer
             task.add_done_callback(lambda done: ended(ex, place, label, done))
         return task
 
     def ended(ex: Execution, place: Here, label: str, task: Any) -> None:
         ex.tasks.pop(task, None)
+        ex.around_tasks.pop(task, None)
         if label:
             ex.branches_ended(place, [label])
 

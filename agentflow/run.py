@@ -109,6 +109,7 @@ class Execution:
     key: str = field(init=False)
     marks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     tasks: dict[Any, str] = field(default_factory=dict)
+    around_tasks: dict[Any, Current] = field(default_factory=dict)  # the attempt that has started each task
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
     paying: dict[Any, Call] = field(default_factory=dict)

@@ -12,6 +12,7 @@ A crash before COMMIT returns loses the whole transaction; after it, nothing (WA
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -50,6 +51,14 @@ class Job(Generic[T]):
         if self.fence is not None:
             txn.check(self.fence)
         return self.body(txn)
+
+
+class CancelledAfterCommit(asyncio.CancelledError):
+    """Whoever waited for a commit was cancelled, and it has happened; ``result`` is what it gave."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.result = result
 
 
 class LockHeld(Exception):
@@ -110,7 +119,14 @@ class Writer:
         return cast(T, job.result)
 
     async def arun(self, job: Job[T]) -> T:
-        """Do one job without keeping the loop waiting for other commits or processes."""
+        """Do one job without keeping the loop waiting for other commits or processes.
+
+        When the caller is cancelled it waits for the end of the job all the same, for only then is it known what is
+        recorded.
+
+        Raises:
+            CancelledAfterCommit: it was cancelled, and the job is done.
+        """
         self._refuse_nesting()
         loop = asyncio.get_running_loop()
         if self._may_inline(loop):
@@ -120,7 +136,14 @@ class Writer:
                 pass
         job.future = loop.create_future()
         self._submit(job)
-        return await job.future
+        try:
+            return await asyncio.shield(job.future)
+        except asyncio.CancelledError:
+            await _to_its_end(job.future)
+            if job.error is not None:
+                _orphan(job)
+                raise
+            raise CancelledAfterCommit(job.result) from None
 
     def _may_inline(self, loop: asyncio.AbstractEventLoop) -> bool:
         # Commits of several tasks in one turn of the loop are worth one shared fsync; commits that one
@@ -320,6 +343,13 @@ class Writer:
             con, self._con = self._con, None
             if con is not None:
                 con.close()
+
+
+async def _to_its_end(future: asyncio.Future[Any]) -> None:
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):  # one is enough: it is raised at the end
+            await asyncio.wait({future})
+    future.exception()
 
 
 def _resolve(jobs: list[Job[Any]]) -> None:
