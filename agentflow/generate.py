@@ -267,6 +267,18 @@ async def _ask(
     return raw
 
 
+def fits(call: Call, raw: dict[str, Any]) -> bool:
+    """Whether a reply is one that the call could be answered with, or asks for its tools."""
+    try:
+        parts = _read(providers.get(call.request["provider"]), raw)
+        if call.tools and parts.calls:
+            return True
+        schema.validate(parts.text, _wanted(call.output_type))
+    except (ModelError, schema.Mismatch):
+        return False
+    return True
+
+
 class Listener:
     """Hands text to the user's function, in one attempt.
 
