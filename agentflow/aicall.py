@@ -248,8 +248,8 @@ def generate_content(
         tools: typed functions that the model may call, sync or async; ``@tool`` says more about one, and a ``@step``
             keeps its options. The model is asked again with their results until it answers. Each turn (``turn 1``,
             ``turn 2``...) and each call of a tool is a record of its own, found again after a crash. What a tool
-            raises is told to the model, and so are arguments that do not fit. Not together with ``background`` or
-            ``batch``.
+            raises is told to the model, and so are arguments that do not fit. With ``background`` each turn is a call
+            in the background. Not together with ``batch``.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it: Anthropic's Messages does not, which is an error before anything
