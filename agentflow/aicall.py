@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import agent, batches, codedigest, costs, generate, otherform, prompts, sending
+from agentflow import agent, batches, codedigest, costs, generate, moments, otherform, prompts, sending
 from agentflow import files as files_in_records
 from agentflow.background import Flight
 from agentflow.blocking import portal
@@ -329,6 +329,15 @@ def _once(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str]
 
     listener: generate.Listener | None = None
 
+    def adopt(call: Call) -> list[Any]:
+        nonlocal prepared
+        request, ops = moments.resume(call, prepared.request)
+        prepared = replace(prepared, request=request)
+        return ops
+
+    if not prepared.tools:  # for its turns a conversation does that
+        call.adopt = adopt
+
     async def ask() -> Any:
         nonlocal listener
         listener = None if on_text is None else generate.Listener(on_text)
@@ -379,7 +388,16 @@ def _turns(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str
     call.agent = made
     call.capture, call.code = captured, code_of(made.run, functions)
     call.request, call.max_turns = identity, prepared.max_turns
-    call.adopt = otherform.adopt
+
+    def adopt(call: Call) -> list[Any]:
+        nonlocal prepared
+        if call.slot is None and otherform.adopt(call):
+            return []
+        request, ops = moments.resume(call, prepared.request)
+        prepared = made.prepared = replace(prepared, request=request)
+        return ops
+
+    call.adopt = adopt
     call.given, call.digest = captured.text, captured.digest
     call.policy = "auto" if ex.on_change == "error" and place is not None and place.outer is not None else ex.on_change
 

@@ -54,8 +54,11 @@ def replies(call: Call, turn: bool) -> list[dict[str, Any]]:
     return []
 
 
-def adopt(call: Call) -> None:
-    """Lets a conversation with tools go on where an invalid one of the same request, but for its form, had ended."""
+def adopt(call: Call) -> bool:
+    """Lets a conversation with tools go on where an invalid one of the same request, but for its form, had ended.
+
+    False where there is none.
+    """
     ex, given = call.ex, without_form(_request(call.given))
     for slot, row in _unclaimed(call):
         if not (_invalid(row) and row.given and row.head["epoch"] == call.here.epoch):
@@ -63,7 +66,8 @@ def adopt(call: Call) -> None:
         if without_form(_request(row.given)) == given:
             ex.records.claim(slot)
             call.occ = row.head["occ"]
-            return
+            return True
+    return False
 
 
 def _request(given: str) -> dict[str, Any]:

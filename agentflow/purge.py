@@ -25,7 +25,7 @@ from agentflow.settings import settings
 
 ENDED = ("completed", "failed", "cancelled")
 _CHUNK = 5000
-_FAMILIES = ("s", "a", "d", "m", "w", "z", "b", "be", "bm", "bq", "i", "ht", "hu", "ch", "cp")
+_FAMILIES = ("s", "a", "d", "g", "m", "w", "z", "b", "be", "bm", "bq", "i", "ht", "hu", "ch", "cp")
 
 
 @dataclass(frozen=True, slots=True)

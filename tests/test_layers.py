@@ -36,7 +36,7 @@ LAYERS = [
     {"batches", "blocking", "human", "scratch", "values"},
     {"control", "events"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
-    {"agent", "otherform"},
+    {"agent", "moments", "otherform"},
     {"aicall", "export", "upkeep"},
     {"embeddings", "handles"},
     {"opening"},
