@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import functools
 import time
+from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import orjson
 
 from agentflow.calls import Call
+from agentflow.capture import data_digest
 from agentflow.compare import Difference, differences
-from agentflow.index import NS, Row
+from agentflow.files import shortened
+from agentflow.index import GIVEN, NS, Row, short
 from agentflow.journal import Add, Drop, Op
 from agentflow.reuse import _MOMENT, _accidents, _known
 
@@ -51,10 +54,9 @@ def resume(call: Call, request: dict[str, Any]) -> tuple[dict[str, Any], list[Op
     noted = [] if ex.prior is None else ex.journal.scan(prefix)
     rows = {key: Row(key, text) for key, text in noted if key not in taken}
     own = f"{prefix}{call.occ}"
-    if own not in rows and (found := _like(call, rows)) is not None:
-        row, diffs = found
+    if own not in rows and (found := _like(call, request, rows)) is not None:
+        row, diffs, request = found
         own, call.occ = row.key, row.head["occ"]
-        request = as_before(request, _request(call.given), _request(row.given))
         ex.warn(
             f"{call.name}: goes on although {_accidents(diffs)} differs from when it was begun; what it was asked then "
             f"holds. Read it with {'ctx.uuid4()' if diffs[0].accident == 'uuid' else 'ctx.now()'}, which is recorded."
@@ -66,8 +68,13 @@ def resume(call: Call, request: dict[str, Any]) -> tuple[dict[str, Any], list[Op
     return request, [] if own in rows else [Add(own, Row.compose(head, "null", call.given))]
 
 
-def _like(call: Call, rows: dict[str, Row]) -> tuple[Row, list[Difference]] | None:
-    """An unfinished call that was given the same but for accidents of the moment; one of the same branch goes first."""
+def _like(
+    call: Call, request: dict[str, Any], rows: dict[str, Row]
+) -> tuple[Row, list[Difference], dict[str, Any]] | None:
+    """An unfinished call that was given the same but for accidents of the moment; one of the same branch goes first.
+
+    And the differences, and what was asked then. One that has left nothing is none: nobody needs its old moment.
+    """
     ex = call.ex
     branch = ex.branch_of(call)
     for row in sorted(rows.values(), key=lambda row: (row.head["branch"] != branch, row.head["s0"])):
@@ -82,8 +89,22 @@ def _like(call: Call, rows: dict[str, Row]) -> tuple[Row, list[Difference]] | No
             known=functools.partial(_known, ex, row),
         )
         if diffs and all(one.accident for one in diffs):
-            return row, diffs
+            then: dict[str, Any] = as_before(request, _request(call.given), _request(row.given))
+            if _has_left_something(call, row.head["occ"], then):
+                return row, diffs, then
     return None
+
+
+def _has_left_something(call: Call, occ: str, request: dict[str, Any]) -> bool:
+    """Whether a reply, or a call in flight, belongs to an unfinished call."""
+    ex = call.ex
+    if call.kind == "agent":
+        name = f"n{short(f'{occ}{chr(0)}turn 1', NS - 1)}"
+        if any(slot.n >= 0 for slot in ex.records.named(name)):
+            return True
+        counted = f"{name}{data_digest(shortened(request))[:GIVEN]}#0"
+        occ = blake2b(counted.encode(), digest_size=10).hexdigest()
+    return any(any(ex.journal.keys(f"{kind}/{ex.key}/{occ}/", limit=1)) for kind in ("m", "i", "bm"))
 
 
 def as_before(request: Any, now: Any, then: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from agentflow import Context, ModelError, Waiting, generate_content, parallel, runs, tasks, tool, workflow
 from tests.loopback import Loopback
-from tests.programs import notes, run_program
+from tests.programs import notes, run_program, start_program
 
 MODELS = ["openai:gpt-4o-mini", "openai-chat:gpt-4o-mini", "anthropic:claude-haiku-4-5"]
 TURNS = [[["look_up", {"n": 1}]], [["look_up", {"n": 2}]], "done"]
@@ -72,6 +73,7 @@ else:
         ("in tool 1", "", ""),
         ("reply 2 saved", "", ""),
         ("in tool 2", "", "sync"),
+        ("id 1 recorded", "1", ""),
         ("id 2 recorded", "1", "sync"),
         ("id 3 recorded", "1", ""),
     ],
@@ -91,11 +93,28 @@ def test_killed_conversation_goes_on_where_it_was(tmp_path: Path, when: str, bac
     assert sorted(notes(tmp_path)) == sorted(["1", "2", *([when[-1]] if "tool" in when else [])])
 
 
-def test_call_in_flight_in_the_background_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tools", ["", "1"])
+def test_call_that_left_nothing_is_asked_with_the_moment_of_now(tmp_path: Path, tools: str) -> None:
+    with Loopback(turns=TURNS if tools else None, script=["hang"]) as server:
+        env = {**server.environment, "AGENTFLOW_MODEL": MODELS[0], "TOOLS": tools}
+        process = start_program(PROGRAM, tmp_path, env=env)
+        deadline = time.monotonic() + 60
+        while not server.arrived:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        ended = run_program(PROGRAM, tmp_path, env=env)
+    assert "goes on although" not in ended.err
+    assert server.arrived[0]["digest"] != server.arrived[1]["digest"]
+
+
+@pytest.mark.parametrize("when", ["id 1 recorded", "reply 1 saved"])
+def test_call_in_flight_in_the_background_is_waited_for(tmp_path: Path, when: str) -> None:
     with Loopback() as server:
         env = {**server.environment, "AGENTFLOW_MODEL": MODELS[0], "AGENTFLOW_POLL_SECONDS": "0.001"}
         env |= {"BACKGROUND": "1"}
-        run_program(PROGRAM, tmp_path, env={**env, "DIE": "id 1 recorded"}, expect_kill=True)
+        run_program(PROGRAM, tmp_path, env={**env, "DIE": when}, expect_kill=True)
         ended = run_program(PROGRAM, tmp_path, env=env)
         assert ended.out.strip().startswith("answer to")
         assert len(server.arrived) == 1 and "ctx.now()" in ended.err
