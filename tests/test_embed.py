@@ -171,7 +171,7 @@ class Held(BaseHTTPRequestHandler):
         texts = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
         self.asked.append(texts)
         self.arrived.set()
-        self.go.wait()
+        self.go.wait(30)
         data = [{"index": at, "embedding": [0.5]} for at in range(len(texts))]
         body = json.dumps({"model": "text-embedding-3-small", "data": data, "usage": {"prompt_tokens": 2}}).encode()
         self.send_response(200)
@@ -201,11 +201,14 @@ def test_processes_that_want_the_same_text_at_the_same_moment_pay_for_it_once(tm
     assert Held.asked == [["a", "b"], ["c"]]
 
 
-def test_a_failed_request_leaves_its_texts_to_others(tmp_path, journal):
-    with FakeModel([]) as model:
-        model._embedded = lambda body: {"data": []}
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_failed_request_leaves_its_texts_to_others(journal, status):
+    before = use_transport(httpx2.MockTransport(lambda request: httpx2.Response(status, json={"data": []})))
+    try:
         with pytest.raises(ModelError):
             index.run_sync(["a"])
+    finally:
+        use_transport(before)
     assert list(journal.scan("ec/")) == []
     with FakeModel([]) as model:
         index.run_sync(["a"])
