@@ -7,14 +7,19 @@ the place of the one that failed, and so finds what that one had inside.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import orjson
 
 from agentflow.calls import Call
 from agentflow.capture import data_digest
-from agentflow.index import Row, Slot
+from agentflow.index import NS, Row, Slot
 from agentflow.providers.registry import without_words
+
+# The records of an execution by name, and by the digest of their request without its form.
+_by_form: WeakKeyDictionary[Any, dict[str, dict[str, list[Slot]]]] = WeakKeyDictionary()
 
 
 def without_form(request: dict[str, Any]) -> dict[str, Any]:
@@ -38,12 +43,10 @@ def replies(call: Call, turn: bool) -> list[dict[str, Any]]:
         call: a model call of which nothing is on record.
         turn: whether it is a turn of a conversation with tools, in which a valid turn may be used too.
     """
-    ex, given = call.ex, without_form(orjson.loads(call.given))
-    for slot, row in _unclaimed(call):
+    ex = call.ex
+    for slot, row in _alike(call, orjson.loads(call.given)):
         head = row.head
         if not (_invalid(row) or (turn and head["status"] == "completed")):
-            continue
-        if row.given and without_form(orjson.loads(row.given)) != given:
             continue
         prefix = f"m/{ex.key}/{head['occ']}/{head['epoch']}.{head['sample']}/"
         found = [orjson.loads(text) for _, text in ex.journal.scan(prefix)]
@@ -59,12 +62,9 @@ def adopt(call: Call) -> bool:
 
     False where there is none.
     """
-    ex, given = call.ex, without_form(_request(call.given))
-    for slot, row in _unclaimed(call):
-        if not (_invalid(row) and row.given and row.head["epoch"] == call.here.epoch):
-            continue
-        if without_form(_request(row.given)) == given:
-            ex.records.claim(slot)
+    for slot, row in _alike(call, _request(call.given)):
+        if _invalid(row) and row.given and row.head["epoch"] == call.here.epoch:
+            call.ex.records.claim(slot)
             call.occ = row.head["occ"]
             return True
     return False
@@ -75,11 +75,24 @@ def _request(given: str) -> dict[str, Any]:
     return request
 
 
-def _unclaimed(call: Call) -> list[tuple[Slot, Row]]:
-    ex = call.ex
-    newest = [(slot, n) for slot in ex.unclaimed(call) if (n := ex.newest(slot)) is not None]
-    rows = [(slot, ex.records.row(slot, n)) for slot, n in newest]
-    return [(slot, row) for slot, row in rows if row.head["kind"] == call.kind]
+def _alike(call: Call, request: dict[str, Any]) -> list[tuple[Slot, Row]]:
+    """Unclaimed records of that name whose request is this one but for its form, or too large to stand with them.
+
+    They are gone through once in an execution, so that a fan-out does not read all of them for each of its calls.
+    """
+    ex, name = call.ex, call.ident[:NS]
+    known = {} if ex.scratch else _by_form.setdefault(ex, {})
+    if name not in known:
+        known[name] = defaultdict(list)
+        for slot in ex.unclaimed(call):
+            if (n := ex.newest(slot)) is None or (row := ex.records.row(slot, n)).head["kind"] != call.kind:
+                continue
+            asked = orjson.loads(row.given) if row.given else None
+            asked = asked["kwargs"]["request"] if asked and call.kind == "agent" else asked
+            known[name][data_digest(without_form(asked)) if asked else ""].append(slot)
+    slots = [*known[name].get(data_digest(without_form(request)), ()), *known[name].get("", ())]
+    newest = [(slot, n) for slot in slots if not slot.claimed and (n := ex.newest(slot)) is not None]
+    return [(slot, ex.records.row(slot, n)) for slot, n in newest]
 
 
 def _invalid(row: Row) -> bool:

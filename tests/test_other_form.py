@@ -8,7 +8,8 @@ from typing import Any
 import pydantic
 import pytest
 
-from agentflow import InvalidReply, Workflow, generate_content, workflow
+from agentflow import InvalidReply, Workflow, generate_content, parallel, workflow
+from agentflow.index import Records
 from agentflow.providers import register
 from tests.loopback import Loopback
 
@@ -119,3 +120,29 @@ async def test_a_conversation_that_fails_again_asks_about_the_paid_reply(servers
         await flow(MODELS[0], Number, tools=[look]).run()
     assert await flow(MODELS[0], Word, tools=[look], reask=1).run() == Word(n="nine")
     assert len(server.arrived) == 3, "one turn more"
+
+
+async def test_many_new_questions_beside_many_records_read_each_record_few_times(
+    servers: Callable[..., Loopback], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers()
+    reads = 0
+    read = Records._read
+
+    def counted(self: Records, key: str, rowid: int) -> str:
+        nonlocal reads
+        reads += 1
+        return read(self, key, rowid)
+
+    def fan_out(word: str) -> Workflow:
+        @workflow("fan")
+        async def fan(ctx: Any) -> int:
+            calls = [generate_content(f"{word} {n}", model=MODELS[0], output_type=Word) for n in range(60)]
+            return len(await parallel(calls))
+
+        return fan
+
+    await fan_out("old").run()
+    monkeypatch.setattr(Records, "_read", counted)
+    await fan_out("new").run()
+    assert reads <= 60 * 3
