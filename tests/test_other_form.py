@@ -8,8 +8,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from agentflow import InvalidReply, Workflow, generate_content, parallel, workflow
-from agentflow.index import Records
+from agentflow import InvalidReply, Workflow, generate_content, otherform, parallel, workflow
 from agentflow.providers import register
 from tests.loopback import Loopback
 
@@ -122,17 +121,17 @@ async def test_a_conversation_that_fails_again_asks_about_the_paid_reply(servers
     assert len(server.arrived) == 3, "one turn more"
 
 
-async def test_many_new_questions_beside_many_records_read_each_record_few_times(
+async def test_many_new_questions_beside_many_records_look_at_each_record_once(
     servers: Callable[..., Loopback], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers()
-    reads = 0
-    read = Records._read
+    looked = 0
+    without_form = otherform.without_form
 
-    def counted(self: Records, key: str, rowid: int) -> str:
-        nonlocal reads
-        reads += 1
-        return read(self, key, rowid)
+    def counted(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal looked
+        looked += 1
+        return without_form(request)
 
     def fan_out(word: str) -> Workflow:
         @workflow("fan")
@@ -143,6 +142,6 @@ async def test_many_new_questions_beside_many_records_read_each_record_few_times
         return fan
 
     await fan_out("old").run()
-    monkeypatch.setattr(Records, "_read", counted)
+    monkeypatch.setattr(otherform, "without_form", counted)
     await fan_out("new").run()
-    assert reads <= 60 * 3
+    assert 0 < looked <= 60 * 3
