@@ -41,6 +41,7 @@ from agentflow.errors import (
 from agentflow.human import human_call
 from agentflow.index import short
 from agentflow.models import Usage
+from agentflow.records import Decision
 from agentflow.redact import redact
 from agentflow.steps import make_call, parallel
 
@@ -174,9 +175,14 @@ def _use(specs: dict[str, tools.Spec], label: str, wanted: dict[str, Any]) -> Sc
     mark = _mark(label)
     if spec.approval is not None:
         shown = {"tool": spec.name, "arguments": spec.shown(values)}
-        who = None if spec.approval is True else spec.approval
-        decision = yield human_call("approve", who, shown, f"approve {spec.name}", None, None, None, key=mark)
+        asking = spec.approval
+        title = asking.title or f"approve {spec.name}"
+        decision = yield human_call(
+            "approve", asking.who, shown, title, None, asking.timeout, asking.on_timeout, key=mark
+        )
         if not decision:
+            if not isinstance(decision, Decision):
+                return "This call was not approved in time.", True
             comment = f": {decision.comment}" if decision.comment else "."
             return f"This call was rejected by {decision.by or 'a person'}{comment}", True
     try:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 import orjson
 
-from agentflow import agent, batches, codedigest, costs, generate, prompts, sending
+from agentflow import agent, batches, codedigest, costs, generate, moments, otherform, prompts, sending
 from agentflow import files as files_in_records
 from agentflow.background import Flight
 from agentflow.blocking import portal
@@ -33,9 +33,10 @@ T = TypeVar("T")
 class _Recorder:
     """Keeps each reply the moment it arrives, and finds what an earlier attempt had paid for."""
 
-    def __init__(self, call: Call, current: Current) -> None:
+    def __init__(self, call: Call, current: Current, prepared: generate.Call) -> None:
         self._call = call
         self._current = current
+        self._prepared = prepared
         ex = call.ex
         self._epoch = f"{call.here.epoch}.{current.sample}"
         self._prefix = f"m/{ex.key}/{call.occ}/{self._epoch}/"
@@ -49,7 +50,7 @@ class _Recorder:
             return []
         rows = [(key, orjson.loads(text)) for key, text in ex.journal.scan(self._prefix)]
         self._count = len(rows)
-        found = [raw for _, raw in rows] or self._other_form()
+        found = [raw for _, raw in rows] or self._of_another_form()
         # What a batch has brought to this very attempt is counted already.
         lent = [raw for key, raw in rows if ex.counted.get(key) is not self._current] if rows else found
         ex.counted |= {key: self._current for key, _ in rows}
@@ -70,6 +71,11 @@ class _Recorder:
                     step.spent(split)
                     step = step.parent
         return found
+
+    def _of_another_form(self) -> list[dict[str, Any]]:
+        """The one reply to try: the newest that fits the type as it is now, or the newest."""
+        found = otherform.replies(self._call, bool(self._prepared.tools))
+        return [raw for raw in found if generate.fits(self._prepared, raw)][-1:] or found[-1:]
 
     def _new(self) -> bool:
         """Whether nothing can be on record for this call: it is first asked in a run that has just begun."""
@@ -97,22 +103,6 @@ class _Recorder:
         key = f"{self._prefix}{self._count:04d}"
         return Unanswered(lambda: made.wait(self._call, self._current, provider, body, key), made.forget)
 
-    def _other_form(self) -> list[dict[str, Any]]:
-        """What was paid for by the same request, but for the form of its answer, and did not validate then."""
-        ex, call = self._call.ex, self._call
-        for slot in ex.unclaimed(call):
-            n = ex.newest(slot)
-            row = ex.records.row(slot, n) if n is not None else None
-            if row is None or row.head["status"] != "failed" or row.head["error"]["name"] != "InvalidReply":
-                continue
-            head = row.head
-            if row.given and _without_form(row.given) == _without_form(call.given):
-                prefix = f"m/{ex.key}/{head['occ']}/{head['epoch']}.{head['sample']}/"
-                if found := [orjson.loads(text) for _, text in ex.journal.scan(prefix)]:
-                    ex.records.claim(slot)
-                    return found
-        return []
-
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
         key = f"{self._prefix}{self._count:04d}"
         record = {**raw, "request": files_in_records.shortened(body), "step": self._call.name}
@@ -133,17 +123,6 @@ class _Recorder:
             lambda: self.flight.open(asked) is not None,
         ) as self._ticket:
             yield
-
-
-def _without_form(given: str) -> Any:
-    """A recorded request without the schema of its answer."""
-    request = orjson.loads(given)
-    body = request["body"]
-    body.pop("response_format", None)
-    for key in ("text", "output_config"):
-        if isinstance(body.get(key), dict) and body[key].pop("format", None) and not body[key]:
-            del body[key]
-    return request
 
 
 def _transient(exc: BaseException) -> bool:
@@ -269,8 +248,8 @@ def generate_content(
         tools: typed functions that the model may call, sync or async; ``@tool`` says more about one, and a ``@step``
             keeps its options. The model is asked again with their results until it answers. Each turn (``turn 1``,
             ``turn 2``...) and each call of a tool is a record of its own, found again after a crash. What a tool
-            raises is told to the model, and so are arguments that do not fit. Not together with ``background`` or
-            ``batch``.
+            raises is told to the model, and so are arguments that do not fit. With ``background`` each turn is a call
+            in the background. Not together with ``batch``.
         name: the step's name. None: the prompt file's, or ``generate_content``.
         max_tokens: a limit of output tokens. None: the provider's (16,000 for Anthropic, which requires one).
         temperature: only where the API takes it: Anthropic's Messages does not, which is an error before anything
@@ -350,13 +329,22 @@ def _once(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str]
 
     listener: generate.Listener | None = None
 
+    def adopt(call: Call) -> list[Any]:
+        nonlocal prepared
+        request, ops = moments.resume(call, prepared.request)
+        prepared = replace(prepared, request=request)
+        return ops
+
+    if not prepared.tools:  # for its turns a conversation does that
+        call.adopt = adopt
+
     async def ask() -> Any:
         nonlocal listener
         listener = None if on_text is None else generate.Listener(on_text)
         at = here.get()
         assert at is not None and at.outer is not None
         current = at.outer
-        recorder = _Recorder(call, current)
+        recorder = _Recorder(call, current, prepared)
         asked = recorder.as_sent(prepared)
         # A batch comes back here for each turn: its text is handed over once, at the end.
         final = await generate.converse(asked, recorder, None if asked.batch else listener)
@@ -400,6 +388,16 @@ def _turns(prepared: generate.Call, policy: Retry | None, on_text: Callable[[str
     call.agent = made
     call.capture, call.code = captured, code_of(made.run, functions)
     call.request, call.max_turns = identity, prepared.max_turns
+
+    def adopt(call: Call) -> list[Any]:
+        nonlocal prepared
+        if call.slot is None and otherform.adopt(call):
+            return []
+        request, ops = moments.resume(call, prepared.request)
+        prepared = made.prepared = replace(prepared, request=request)
+        return ops
+
+    call.adopt = adopt
     call.given, call.digest = captured.text, captured.digest
     call.policy = "auto" if ex.on_change == "error" and place is not None and place.outer is not None else ex.on_change
 

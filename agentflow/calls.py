@@ -198,6 +198,7 @@ class Call(Coroutine[Any, Any, Any]):
         "_it",
         "_occ",
         "_withdrawn",
+        "adopt",
         "args",
         "capture",
         "code",
@@ -255,6 +256,7 @@ class Call(Coroutine[Any, Any, Any]):
         self.wait: Callable[[], Any] | None = None
         self.why: str | None = None
         self.max_turns = 0
+        self.adopt: Callable[[Call], list[Any]] | None = None  # takes the place of an unfinished call; what to commit
         self.on_way = False
         self._withdrawn = False
         # Set by the engine when it locates the call.

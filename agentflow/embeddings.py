@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 import orjson
@@ -21,10 +22,12 @@ from agentflow.calls import PLAIN, Call, Current, Options, here
 from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration, seconds
 from agentflow.errors import JournalIncomplete, ModelError, UsageError
-from agentflow.journal import Add
+from agentflow.journal import Add, Drop, Op
+from agentflow.lease import Owner, alive, this_process
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
 
+_PAUSE = 0.05  # seconds between two looks for vectors that another process is paying for
 MOST_TEXTS = 2048  # per request: https://platform.openai.com/docs/api-reference/embeddings/create
 MOST_CHARACTERS = 600_000  # the same page allows 300,000 tokens; text of two characters a token still fits
 
@@ -97,8 +100,8 @@ def embed(
         if dimensions is not None:
             body["dimensions"] = dimensions
         while wanted := {key: text for key, text in zip(keys, texts, strict=True) if ex.journal.get(key) is None}:
-            async with _claimed(ex.journal.id, wanted) as mine:
-                for part in _requests(mine):
+            async with _claimed(ex.journal.id, wanted) as mine, _claimed_from_others(call, mine) as free:
+                for part in _requests(free):
                     asked = {**body, "input": list(part.values())}
                     await _pay(call, at.outer, provider.embed, asked, list(part), limit)
         at.outer.used_model = True
@@ -139,6 +142,48 @@ async def _claimed(journal: str, wanted: dict[str, str]) -> AsyncGenerator[dict[
     for other in theirs:
         # Shielded: a caller that is cancelled must not cancel what others wait for.
         await asyncio.shield(asyncio.wrap_future(other))
+
+
+@asynccontextmanager
+async def _claimed_from_others(call: Call, wanted: dict[str, str]) -> AsyncGenerator[dict[str, str]]:
+    """Those of the texts that no other living process is asking about; with none left it waits a moment for theirs.
+
+    A claim is a row that names its process, so one that a killed process left behind holds up nobody.
+    """
+    journal, me = call.ex.journal, this_process()
+    taken: list[str] = []
+    theirs: list[str] = []
+
+    def claim(txn: Any) -> None:
+        living = cache(lambda owner: alive(Owner(**dict(owner))))
+        taken.clear()
+        theirs.clear()
+        for key in wanted:
+            owner = orjson.loads(txn.get(_claim(key)) or "null")
+            if txn.get(key) is not None:
+                continue
+            if owner is not None and owner != me and living(tuple(owner.items())):
+                theirs.append(key)
+            else:
+                txn.put(_claim(key), orjson.dumps(me).decode())
+                taken.append(key)
+
+    if wanted:
+        await journal.aguarded(claim)
+    if theirs:
+        call.ex.say_once(f"{call.name}: waits for vectors that another process has asked for")
+    try:
+        yield {key: wanted[key] for key in taken}
+    finally:
+        if taken:
+            # Cancelled, nothing may be awaited here.
+            journal.commit([Drop(_claim(key)) for key in taken if journal.get(_claim(key)) is not None])
+    if theirs and not taken:
+        await asyncio.sleep(_PAUSE)
+
+
+def _claim(key: str) -> str:
+    return f"ec/{key[2:]}"
 
 
 def _requests(wanted: dict[str, str]) -> Iterator[dict[str, str]]:
@@ -195,8 +240,8 @@ async def _keep(
     asked = {name: value for name, value in body.items() if name != "input"}
     about = {"provider": raw["provider"], "asked": asked, "reply": place}
     found = zip(keys, body["input"], vectors or (), strict=False)
-    rows = [Add(key, orjson.dumps({**about, "text": text, "vector": it}).decode()) for key, text, it in found]
-    await ticket.save(place, kept, rows)
+    ops: list[Op] = [Add(key, orjson.dumps({**about, "text": text, "vector": it}).decode()) for key, text, it in found]
+    await ticket.save(place, kept, [*ops, *(Drop(_claim(key)) for key in keys)])
 
 
 def _vectors(body: Any, count: int) -> list[list[float]] | None:

@@ -257,6 +257,11 @@ def _run(call: Call, again: int = 0) -> Process:
         raise located(StepError(f"step {call.name!r} has no record"), call)
     if ex.overdue():
         raise Suspend
+    if call.adopt is not None:
+        if call.slot is not None:
+            ex.own_slot(call)  # with its id
+        if ops := call.adopt(call):
+            yield ("commit", ops, False)
     slot = ex.own_slot(call)
     if (still := in_flight.get((ex.journal.id, ex.run_id, call.occ))) is not None:
         ex.say(f"{call.name}: is still running from before; waiting for it")

@@ -123,8 +123,6 @@ def prepare(
         extra = {**(prompt.extra or {}), **(extra or {})}
         output_type = _output_of(prompt, output_type)
     box = tools_.toolbox(tools)
-    if box and (background or batch):
-        raise UsageError("tools= together with background= or batch= is not supported. Nothing was sent.")
     if on_text is not None and not callable(on_text):
         raise UsageError(f"on_text={on_text!r}: a function of one text, sync or async.")
     _counts(max_tokens=max_tokens, reask=reask, sample=sample, max_turns=max_turns)
@@ -267,6 +265,18 @@ async def _ask(
     return raw
 
 
+def fits(call: Call, raw: dict[str, Any]) -> bool:
+    """Whether a reply is one that the call could be answered with, or asks for its tools."""
+    try:
+        parts = _read(providers.get(call.request["provider"]), raw)
+        if call.tools and parts.calls:
+            return True
+        schema.validate(parts.text, _wanted(call.output_type))
+    except (ModelError, schema.Mismatch):
+        return False
+    return True
+
+
 class Listener:
     """Hands text to the user's function, in one attempt.
 
@@ -351,7 +361,7 @@ def _check_batch(batch: bool, background: bool, tools: Sequence[Any], provider: 
     if batch and background:
         raise UsageError("batch=True and background=True are two ways to wait for a reply. Use one of them.")
     if batch and tools:
-        raise UsageError("batch=True with tools= would take a batch for each turn. Use one of them.")
+        raise UsageError("batch=True with tools= would take a batch for each turn. Use one of them. Nothing was sent.")
     if batch and provider not in providers.BATCHING:
         raise UsageError(
             f"batch=True needs the batch API of OpenAI or Anthropic; {provider} can only be asked at once. Nothing was "

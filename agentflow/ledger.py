@@ -14,7 +14,13 @@ _PRICES: dict[str, dict[str, Decimal]] = {}
 
 
 def set_price(
-    model: str, input: float | str | Decimal, output: float | str | Decimal, cached: float | str | Decimal | None = None
+    model: str,
+    input: float | str | Decimal,
+    output: float | str | Decimal,
+    cached: float | str | Decimal | None = None,
+    *,
+    cache_write: float | str | Decimal | None = None,
+    cache_write_1h: float | str | Decimal | None = None,
 ) -> None:
     """Sets the price of a model by name; it wins over the built-in tables.
 
@@ -23,11 +29,17 @@ def set_price(
         input: dollars per million input tokens.
         output: dollars per million output tokens.
         cached: dollars per million input tokens read from the cache; None charges them as ``input``.
+        cache_write: dollars per million input tokens written to the cache; None charges them as ``input``.
+        cache_write_1h: the same for those kept for an hour; None charges them as ``cache_write``.
 
     Raises:
         UsageError: a price is negative or not a number.
     """
     rates = {"input": input, "output": output, "cached": input if cached is None else cached}
+    if cache_write is not None:
+        rates["cache_write"] = cache_write
+    if cache_write_1h is not None:
+        rates["cache_write_1h"] = cache_write_1h
     _PRICES[model.rpartition(":")[2]] = {what: _rate(model, what, rate) for what, rate in rates.items()}
 
 
@@ -92,8 +104,12 @@ def _rate(model: str, what: str, value: float | str | Decimal) -> Decimal:
 
 
 def _own(rates: dict[str, Decimal], usage: Usage) -> tuple[Decimal, dict[str, Any]]:
-    fresh = usage.input_tokens - usage.cached_tokens
+    long = usage.cache_write_1h_tokens
+    short = usage.cache_write_tokens - long
+    written = rates.get("cache_write", rates["input"])
+    fresh = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
     total = fresh * rates["input"] + usage.cached_tokens * rates["cached"] + usage.output_tokens * rates["output"]
+    total += short * written + long * rates.get("cache_write_1h", written)
     return total / _MILLION, {"source": "set_price", "per_million": {what: str(rate) for what, rate in rates.items()}}
 
 

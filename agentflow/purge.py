@@ -26,7 +26,7 @@ from agentflow.settings import settings
 
 ENDED = ("completed", "failed", "cancelled")
 _CHUNK = 5000
-_FAMILIES = ("s", "a", "d", "dg", "m", "w", "z", "b", "be", "bm", "bq", "i", "ht", "hu", "ch", "cp", "cf", "cs")
+_FAMILIES = ("s", "a", "d", "dg", "g", "m", "w", "z", "b", "be", "bm", "bq", "i", "ht", "hu", "ch", "cp", "cf", "cs")
 
 
 @dataclass(frozen=True, slots=True)

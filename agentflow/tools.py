@@ -19,7 +19,9 @@ from typing import Annotated, Any, Generic, ParamSpec, TypeVar, overload
 from agentflow import schema
 from agentflow.calls import PLAIN, Options
 from agentflow.canonical import marked
+from agentflow.durations import Duration, seconds
 from agentflow.errors import UsageError
+from agentflow.records import UNSET, Escalate
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,12 +31,31 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _EMPTY = inspect.Parameter.empty
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Approval:
+    """Who is asked before each call of a tool, and how: as for ``human_task``.
+
+    Attributes:
+        who: a name, names, or None for anybody.
+        title: what the task is called; None: "approve <tool>".
+        timeout: how long it may take, None without end.
+        on_timeout: whether the call goes ahead then, or an ``Escalate``; not given, the deadline is an error.
+    """
+
+    who: Any
+    title: str | None = None
+    timeout: Duration | None = None
+    on_timeout: Any = UNSET
+
+
 class Tool(Generic[P, T]):
     """A function with what a model is told of it; made by ``tool``. Called by your code it is the function itself."""
 
     __agentflow_tool__ = True
 
-    def __init__(self, fn: Callable[P, T], name: str | None, description: str | None, approval: Any) -> None:
+    def __init__(
+        self, fn: Callable[P, T], name: str | None, description: str | None, approval: Approval | None
+    ) -> None:
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.tool_name = name
@@ -57,7 +78,7 @@ class Tool(Generic[P, T]):
 class _Decorating:
     """What ``tool(...)`` without a function is: a decorator."""
 
-    def __init__(self, name: str | None, description: str | None, approval: Any) -> None:
+    def __init__(self, name: str | None, description: str | None, approval: Approval | None) -> None:
         self._options = (name, description, approval)
 
     def __call__(self, fn: Callable[P, T]) -> Tool[P, T]:
@@ -70,9 +91,25 @@ class _Decorating:
 def tool(fn: Callable[P, T], /) -> Tool[P, T]: ...
 @overload
 def tool(
-    *, name: str | None = ..., description: str | None = ..., approval: str | Sequence[str] | bool | None = ...
+    *,
+    name: str | None = ...,
+    description: str | None = ...,
+    approval: str | Sequence[str] | bool | None = ...,
+    title: str | None = ...,
+    timeout: Duration | None = ...,
+    on_timeout: bool | Escalate = ...,
 ) -> _Decorating: ...
-def tool(fn: Any = None, /, *, name: Any = None, description: Any = None, approval: Any = None) -> Any:
+def tool(
+    fn: Any = None,
+    /,
+    *,
+    name: Any = None,
+    description: Any = None,
+    approval: Any = None,
+    title: Any = None,
+    timeout: Any = None,
+    on_timeout: Any = UNSET,
+) -> Any:
     """A function that a model may call, with more than its signature says: ``@tool`` or ``@tool(approval="manager")``.
 
     Any typed function can stand in ``generate_content(tools=[...])`` as it is; this says more about one. It stays
@@ -85,6 +122,12 @@ def tool(fn: Any = None, /, *, name: Any = None, description: Any = None, approv
         approval: who has to agree to each call before it runs: a name or a list of names, True for anybody. The
             person is shown the tool and the arguments of this one call; the run waits as for ``human_task``. A "no"
             and its comment are told to the model. None: nobody is asked.
+        title: what the approval's task is called. None: "approve" and the tool's name.
+        timeout: how long the approval may take, such as ``"2h"``. The deadline is recorded: a restart does not extend
+            it. None: without end.
+        on_timeout: what happens when nobody has decided by then: False tells the model so, True lets the call go
+            ahead, ``Escalate("director", timeout="1d", on_timeout=False)`` asks somebody else. Not given:
+            ``HumanTaskExpired`` ends the conversation.
 
     Raises:
         UsageError: an argument cannot mean anything.
@@ -97,7 +140,20 @@ def tool(fn: Any = None, /, *, name: Any = None, description: Any = None, approv
     named = isinstance(who, list | tuple) and who and all(isinstance(one, str) and one.strip() for one in who)
     if approval is not None and approval is not True and not named:
         raise UsageError(f"tool(approval={approval!r}): a name, a list of names, or True for anybody.")
-    made = _Decorating(name, description, approval)
+    limit = seconds(timeout, what="tool(timeout=...)")
+    if title is not None and (not isinstance(title, str) or not title.strip()):
+        raise UsageError(f"tool(title={title!r}) is not text.")
+    if on_timeout is not UNSET and not isinstance(on_timeout, bool | Escalate):
+        raise UsageError(
+            f"tool(on_timeout={on_timeout!r}): True lets the call go ahead, False tells the model no, Escalate(...) "
+            "asks somebody else."
+        )
+    if approval is None and not (title is None and limit is None and on_timeout is UNSET):
+        raise UsageError("tool(title=, timeout=, on_timeout=) are about an approval: name who gives it with approval=.")
+    if limit is None and on_timeout is not UNSET:
+        raise UsageError("tool(on_timeout=) needs a timeout= that can be over.")
+    asking = None if approval is None else Approval(None if approval is True else approval, title, limit, on_timeout)
+    made = _Decorating(name, description, asking)
     if fn is None:
         return made
     if isinstance(fn, str):
@@ -113,7 +169,7 @@ class Spec:
         name: as the model calls it; ``step``: as its records are called.
         description: what the model is told.
         fn: the function itself; ``options``: those of the step it was, if it was one.
-        approval: whom to ask before each call: a name, names, True for anybody, or None.
+        approval: whom to ask before each call; None for nobody.
         arguments: a TypedDict of the parameters, which reads what the model sends.
         usual: the default of each parameter that has one.
         parameters: the JSON schema of the arguments; ``strict``: whether it is one of OpenAI's strict form.
@@ -124,7 +180,7 @@ class Spec:
     description: str
     fn: Any
     options: Options
-    approval: Any
+    approval: Approval | None
     arguments: Any
     usual: dict[str, Any]
     parameters: dict[str, Any]

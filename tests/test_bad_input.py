@@ -373,7 +373,7 @@ async def test_model_that_no_provider_knows_is_refused(name: str) -> None:
     "options, words",
     [
         ({"tools": [never]}, ("tools[0] (never)", "*", "name each one")),
-        ({"tools": [never_typed], "background": True}, ("background",)),
+        ({"tools": [never_typed], "batch": True}, ("batch=True with tools=",)),
         ({"tools": "look_up"}, ("tools='look_up'", "a list of typed functions")),
         ({"tools": [lambda: 1]}, ("tools[0]", "has no name and no types")),
         ({"tools": [never_typed], "max_turns": 0}, ("max_turns=0",)),

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from agentflow import ModelError, UsageError, embed, parallel, sync, workflow
 from agentflow.providers.common import use_transport
 from agentflow.testing import FakeModel
+from tests.programs import start_program
 
 MODEL = "openai:text-embedding-3-small"
 
@@ -143,6 +146,73 @@ print(model.embedded)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True, check=True)
     assert resumed.stdout.strip() == "[['4', '5']]"
+
+
+PROGRAM = """
+@workflow("index")
+async def index(ctx, who: str) -> int:
+    return len(await embed(["a", "b", *sys.argv[2:]], model="openai:text-embedding-3-small"))
+
+print(index.run_sync(sys.argv[1]))
+"""
+
+
+class Held(BaseHTTPRequestHandler):
+    """Answers a request for vectors when the test says so."""
+
+    asked: list[list[str]] = []
+    arrived = threading.Event()
+    go = threading.Event()
+
+    def log_message(self, format, *args):
+        pass
+
+    def do_POST(self):
+        texts = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        self.asked.append(texts)
+        self.arrived.set()
+        self.go.wait(30)
+        data = [{"index": at, "embedding": [0.5]} for at in range(len(texts))]
+        body = json.dumps({"model": "text-embedding-3-small", "data": data, "usage": {"prompt_tokens": 2}}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_processes_that_want_the_same_text_at_the_same_moment_pay_for_it_once(tmp_path):
+    Held.asked, Held.arrived, Held.go = [], threading.Event(), threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Held)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"OPENAI_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}/v1", "OPENAI_API_KEY": "none"}
+    try:
+        first = start_program(PROGRAM, tmp_path, "first", env=env)
+        assert Held.arrived.wait(60)
+        second = start_program(PROGRAM, tmp_path, "second", "c", env=env)
+        # It pays for what is its own alone, and says that it waits for the rest.
+        assert "waits for vectors that another process has asked for" in second.stderr.readline()
+        Held.go.set()
+        assert [first.communicate(timeout=60)[0], second.communicate(timeout=60)[0]] == ["2\n", "3\n"]
+    finally:
+        Held.go.set()
+        server.shutdown()
+        server.server_close()
+    assert Held.asked == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_failed_request_leaves_its_texts_to_others(journal, status):
+    before = use_transport(httpx2.MockTransport(lambda request: httpx2.Response(status, json={"data": []})))
+    try:
+        with pytest.raises(ModelError):
+            index.run_sync(["a"])
+    finally:
+        use_transport(before)
+    assert list(journal.scan("ec/")) == []
+    with FakeModel([]) as model:
+        index.run_sync(["a"])
+    assert model.embedded == [["a"]] and list(journal.scan("ec/")) == []
 
 
 @pytest.mark.parametrize("answer", [{"data": []}, {"data": [{"index": 0, "embedding": "AAAA"}]}, "no JSON"])

@@ -36,7 +36,7 @@ LAYERS = [
     {"batches", "blocking", "human", "scratch", "values"},
     {"control", "events", "leftover"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
-    {"agent"},
+    {"agent", "moments", "otherform"},
     {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
     {"childcalls"},

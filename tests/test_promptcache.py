@@ -144,3 +144,21 @@ async def test_a_mark_set_twice_is_refused_before_anything_is_sent() -> None:
     with FakeModel([]) as model, pytest.raises(UsageError, match="system"):
         await generate_content("Hi", model=CLAUDE, system="S", extra={"system": [{"type": "text", "text": "S"}]})
     assert model.calls == []
+
+
+def test_a_price_of_ones_own_may_have_rates_for_what_is_written_to_the_cache() -> None:
+    usage = Usage(1000, 10, cached_tokens=100, cache_write_tokens=700, cache_write_1h_tokens=200)
+    ledger.set_price("mine", input=1, output=2, cached="0.1")
+    cost, _ = ledger.price("anthropic", "mine", usage)
+    assert cost == (900 * Decimal(1) + 100 * Decimal("0.1") + 10 * Decimal(2)) / 1_000_000
+    ledger.set_price("mine", input=1, output=2, cached="0.1", cache_write="1.25")
+    cost, _ = ledger.price("anthropic", "mine", usage)
+    assert cost == (200 + 100 * Decimal("0.1") + 700 * Decimal("1.25") + 20) / 1_000_000
+    ledger.set_price("mine", input=1, output=2, cached="0.1", cache_write="1.25", cache_write_1h=2)
+    cost, facts = ledger.price("anthropic", "mine", usage)
+    assert cost == (200 + 100 * Decimal("0.1") + 500 * Decimal("1.25") + 200 * 2 + 20) / 1_000_000
+    assert facts["per_million"] == {
+        "input": "1", "output": "2", "cached": "0.1", "cache_write": "1.25", "cache_write_1h": "2"
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="cache_write=-1"):
+        ledger.set_price("mine", input=1, output=2, cache_write=-1)

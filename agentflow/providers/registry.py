@@ -278,9 +278,31 @@ def _surface(api: str) -> Any:
     return openai_chat
 
 
+_WORDS = "Answer with JSON alone, without any words around it, that fits this JSON schema:\n"
+
+
 def _in_words(schema: dict[str, Any]) -> str:
-    text = json.dumps(schema, ensure_ascii=False)
-    return f"Answer with JSON alone, without any words around it, that fits this JSON schema:\n{text}"
+    return _WORDS + json.dumps(schema, ensure_ascii=False)
+
+
+def without_words(body: dict[str, Any]) -> None:
+    """Takes out of a body what asks for an output type in words, wherever the API has its system message."""
+    for name in ("instructions", "system"):
+        if isinstance(body.get(name), str):
+            body[name] = _wordless(body[name])
+            if not body[name]:
+                del body[name]
+    messages: list[Any] = body.get("messages") or []
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and first.get("role") == "system" and isinstance(first.get("content"), str):
+        text = _wordless(first["content"])
+        body["messages"] = [*([{**first, "content": text}] if text else []), *messages[1:]]
+
+
+def _wordless(text: str) -> str:
+    before, _, schema = text.rpartition(_WORDS)
+    # The schema is one line, at the end; the words anywhere else are the caller's.
+    return text if not schema or "\n" in schema or _WORDS not in text else before.removesuffix("\n\n")
 
 
 def _check_url(url: Any, what: str) -> None:
