@@ -71,11 +71,14 @@ else:
     ("when", "background", "plain"),
     [
         ("in tool 1", "", ""),
-        ("reply 2 saved", "", ""),
-        ("in tool 2", "", "sync"),
-        ("id 1 recorded", "1", ""),
         ("id 2 recorded", "1", "sync"),
-        ("id 3 recorded", "1", ""),
+        *(
+            pytest.param(*each, marks=pytest.mark.torture)
+            for each in (
+                ("reply 2 saved", "", ""), ("in tool 2", "", "sync"), ("id 1 recorded", "1", ""),
+                ("id 3 recorded", "1", ""),
+            )
+        ),
     ],
 )
 def test_killed_conversation_goes_on_where_it_was(tmp_path: Path, when: str, background: str, plain: str) -> None:

@@ -593,7 +593,10 @@ STAGES = ["before request 1", "after request 1", "before request 2", "before the
     ("when", "model"),
     [
         *((when, MODELS[0]) for when in STAGES),
-        *((when, MODELS[2]) for when in ("before request 1", "before the id", "after the id")),
+        *(
+            pytest.param(when, MODELS[2], marks=pytest.mark.torture)
+            for when in ("before request 1", "before the id", "after the id")
+        ),
     ],
 )
 def test_killed_while_handing_over_there_is_one_batch(
@@ -615,8 +618,8 @@ def test_killed_while_handing_over_there_is_one_batch(
         ("before request 1", MODELS[0]),
         ("before collecting", MODELS[0]),
         ("after collecting", MODELS[0]),
-        ("before collecting", MODELS[2]),
-        ("after collecting", MODELS[2]),
+        pytest.param("before collecting", MODELS[2], marks=pytest.mark.torture),
+        pytest.param("after collecting", MODELS[2], marks=pytest.mark.torture),
     ],
 )
 def test_killed_while_looking_nothing_is_lost(server: Loopback, tmp_path: Path, when: str, model: str) -> None:

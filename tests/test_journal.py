@@ -34,6 +34,7 @@ from agentflow.errors import (
     UsageError,
 )
 from agentflow.journal import Add, Drop, Fence, Journal, Put, default_path
+from agentflow.writer import CancelledAfterCommit
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,14 +225,19 @@ async def test_a_value_that_cannot_be_stored_fails_alone(journal):
     assert len(list(journal.keys("k"))) == 5
 
 
-async def test_a_cancelled_commit_still_happens(journal):
+async def test_a_cancelled_commit_still_happens_and_is_waited_for(journal):
     with holding_the_lock(journal):
         task = asyncio.create_task(journal.acommit([Add("a", "1")]))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0.001)
+        assert not task.done()
+    with pytest.raises(CancelledAfterCommit) as cancelled:
+        await task
+    assert cancelled.value.result == [True]
+    assert journal.get("a") == "1"
     journal.close()
     again = Journal.open(journal.path)
     assert again.get("a") == "1"

@@ -24,7 +24,7 @@ LAYERS = [
     {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
-    {"background", "children", "codec", "costs", "providers", "reuse", "rundocs"},
+    {"background", "children", "codec", "costs", "places", "providers", "reuse", "rundocs"},
     {"tools"},
     {"budgets", "generate"},
     {"scripted", "settings", "shown", "supplied"},

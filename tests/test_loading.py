@@ -140,7 +140,15 @@ def test_an_import_that_starts_a_run_is_refused_by_looking_only(app, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", ["app:letter", "app.py:letter", "app", "app.py", "app:flows", "../work/app.py", "../work/app.py:flows"]
+    "target",
+    [
+        "app.py:letter",
+        "app",
+        *(
+            pytest.param(each, marks=pytest.mark.torture)
+            for each in ("app:letter", "app.py", "app:flows", "../work/app.py", "../work/app.py:flows")
+        ),
+    ],
 )
 def test_every_command_that_takes_code_takes_every_spelling(tmp_path, target):
     folder = tmp_path / "work"

@@ -113,7 +113,11 @@ def check(folder: Path, server: Loopback, in_flight: int | None, where: str) -> 
     ("where", "form"),
     [
         *[(where, "workflow") for where in POINTS],
-        *[(where, form) for form in ("sync", "scratch") for where in ("in tool 1", "before turn 2", "reply 2 recorded", "before turn 3")],
+        *[("in tool 1", form) for form in ("sync", "scratch")],
+        *[
+            pytest.param(where, form, marks=pytest.mark.torture)
+            for form in ("sync", "scratch") for where in ("before turn 2", "reply 2 recorded", "before turn 3")
+        ],
     ],
 )
 def test_killed_between_two_posts_nothing_is_bought_again(where: str, form: str, tmp_path: Path) -> None:
