@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, leftover, redo, rundocs
+from agentflow import codec, control, redo, rundocs
 from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.context import view
@@ -155,6 +155,8 @@ class Run:
             UsageError: it has completed or failed.
         """
         self._document = control.cancel(self._journal, self.id, compensate=compensate)
+        from agentflow import leftover
+
         leftover.cancel(self._journal, self.id)
         if compensate and self._workflow is not None and self.status != "cancelled":
             with contextlib.suppress(RunCancelled):

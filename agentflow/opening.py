@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from agentflow import codec, human, rundocs, terminal, typecheck
+from agentflow import codec, human, rundocs, typecheck
 from agentflow.budgets import RunBudget
 from agentflow.calls import Suspend
 from agentflow.capture import data_digest
@@ -284,7 +284,10 @@ def execution(
     ex = Execution(journal, run_id, flow.name, drive, on_change=flow.on_change)
     ex.ask = human.ask_in_doubt
     ex.stay = flow.options.wait
-    ex.terminal = terminal.prompter() if ex.stay else None
+    if ex.stay:
+        from agentflow import terminal
+
+        ex.terminal = terminal.prompter()
     if document is not None:
         ex.budget = _budget(flow, document)
         ex.number = document["epoch"]
