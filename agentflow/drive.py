@@ -125,8 +125,11 @@ def pauses(call: Call) -> Iterator[float]:
     It may never ask: the step was moved from there to here. That shows when it ends; one that goes on for long is not
     waited for, since it might wait for this one.
     """
-    pause, end = 0.0, time.monotonic() + (0.2 if call.ex.plan else PATIENCE)  # a plan's branches stay where they stop
-    while call.ex.kept_by_sibling(call) and time.monotonic() < end:
+    start = time.monotonic()
+    pause, end = 0.0, start + (0.2 if call.ex.plan else PATIENCE)  # a plan's branches stay where they stop
+    while call.ex.kept_by_sibling(call) and (now := time.monotonic()) < end:
+        if now - start > 0.5:
+            call.ex.say_once(f"{call.name}: waits a moment for a branch that may leave it its record")
         yield pause
         pause = min(max(pause * 2, 0.0005), 0.02)
 

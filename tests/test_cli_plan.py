@@ -114,6 +114,8 @@ def test_a_run_is_planned_with_the_input_it_has(app: str, cli: Any) -> None:
     assert (code, out.splitlines()) == (0, [f"{run.id} · plan", "  reused   count"])
     code, out, _ = cli("plan", f"{app}:order", "--input", '{"id": "o1", "count": 2}')
     assert (code, out.splitlines()) == (0, [f"{run.id} · plan", "  reused   count"])
+    code, out, _ = cli("plan", f"{app}:order", "--input", '{"order": {"id": "o1", "count": 2}}')  # by its name
+    assert (code, out.splitlines()) == (0, [f"{run.id} · plan", "  reused   count"])
     module.order.options(run_id="mine").run_sync(module.Order("o1", 2))
     assert cli("plan", f"{app}:order", "--run", "mine")[1].splitlines() == ["mine · plan", "  reused   count"]
     code, _, err = cli("plan", f"{app}:triage", "--run", run.id)

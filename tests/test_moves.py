@@ -131,6 +131,18 @@ async def test_a_sibling_that_waits_for_the_step_is_not_waited_for_without_end(m
     assert RAN == ["x"]
 
 
+async def test_who_waits_long_for_a_sibling_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(drive, "PATIENCE", 0.7)
+    BRANCHES.update(a=["x"], b=["two"])
+    await moves.run("gather")
+    GATES["gate"] = asyncio.Event()
+    BRANCHES.update(a=["gate", "x"], b=["two", "x", "open"])
+    await asyncio.wait_for(moves.run("gather"), 30)
+    assert "x: waits a moment for a branch that may leave it its record" in caplog.text
+
+
 async def test_a_sibling_is_waited_for_once_and_not_by_each_call_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = 0
     pauses = drive.pauses

@@ -74,13 +74,24 @@ def _arguments(flow: Any, text: str | None) -> dict[str, Any]:
         raise UsageError(f"--input is no JSON ({exc}). Text stands in quotes: --input '\"Ada\"'.") from exc
     names = list(inspect.signature(flow.fn).parameters)[1:]
     if len(names) == 1:
-        return {names[0]: value}
+        return {names[0]: value} if not _by_name(flow, names[0], value) else value
     if isinstance(value, dict) and names:
         return value
     raise UsageError(
         f"--input: workflow {flow.name!r} takes "
         + (f"an object with {', '.join(names)}." if names else "no input. Leave it out.")
     )
+
+
+def _by_name(flow: Any, name: str, value: Any) -> bool:
+    """Whether an object means the one argument by its name: it has that key alone and is no such argument itself."""
+    if not isinstance(value, dict) or list(value) != [name]:
+        return False
+    try:
+        flow.accepted({name: value})
+    except UsageError:
+        return True
+    return False
 
 
 def _taken_up(flow: Any, run_id: str) -> tuple[Any, dict[str, Any]]:
