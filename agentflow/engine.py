@@ -260,6 +260,8 @@ def _run(call: Call, again: int = 0) -> Process:
     if call.adopt is not None:
         if call.slot is not None:
             ex.own_slot(call)  # with its id
+        else:
+            ex.name_apart(call)
         if ops := call.adopt(call):
             yield ("commit", ops, False)
     slot = ex.own_slot(call)

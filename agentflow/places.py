@@ -269,7 +269,7 @@ class Places:
                 suffix += 1
                 place = f"{call.place}x{suffix:x}"
             if suffix or self.records.slots(call.ident):
-                self._name_apart(call)
+                self.name_apart(call)
             slot = call.slot = self.records.add(Slot(call.ident, place))
             self.take(call, slot)
         elif slot.n >= 0 and not self.scratch:
@@ -279,7 +279,7 @@ class Places:
             call.occ = slot.occ
         return slot
 
-    def _name_apart(self, call: Call) -> None:
+    def name_apart(self, call: Call) -> None:
         """Give a call that runs another id than the records of equal calls have.
 
         One of them may have been taken by a call that stands elsewhere now, and with it what belongs to its id.

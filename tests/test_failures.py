@@ -508,6 +508,98 @@ def test_a_step_whose_sibling_fails_while_it_is_recorded_is_undone_or_kept(
         assert words(folder) == ["charge"]
 
 
+def test_a_failure_is_tried_again_although_the_run_failed_elsewhere_in_between(folder: Path, again: Any) -> None:
+    """The second execution starts and records steps after the failure, and never comes to the failed one."""
+
+    def unsteady(name: str) -> str:
+        note(name)
+        fail_while(name)
+        return name
+
+    @workflow
+    async def flow(ctx: Any) -> str:
+        if is_set("edited"):
+            await step("new", note, "new")
+            await step("other", unsteady, "other")
+        return await step("last", unsteady, "last")
+
+    flag("last")
+    with pytest.raises(PaymentError, match="last"):
+        flow.run_sync()
+    flag("edited")
+    flag("other")
+    again()
+    with pytest.raises(PaymentError, match="other"):
+        flow.run_sync()
+    flag("other", False)
+    flag("last", False)
+    again()
+    assert flow.run_sync() == "last"
+    assert counts(folder) == {"last": 2, "new": 1, "other": 2}
+
+
+def test_what_a_thread_had_returned_when_its_step_was_cancelled_is_not_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function has come back, and the loop does not know it yet, when a sibling fails."""
+    from agentflow.workers import threads
+
+    submit, futures = threads.submit, []
+
+    def submitting(*args: Any) -> Any:
+        futures.append(submit(*args))
+        return futures[-1]
+
+    monkeypatch.setattr(threads, "submit", submitting)
+
+    async def breaks() -> str:
+        while not futures:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        futures[0].result(30)  # holds up the loop
+        if current_step().parent.attempt == 1:
+            raise ConnectionError("no")
+        return "ok"
+
+    async def outer() -> Any:
+        return list(await asyncio.gather(step("charge", note, "charge"), step("breaks", breaks)))
+
+    @workflow
+    async def trip(ctx: Any) -> Any:
+        return await step("outer", outer, retry={"max_attempts": 2, **QUICK})
+
+    assert trip.run_sync() == [None, "ok"]
+    assert words(folder) == ["charge"]
+
+
+def test_ctrl_c_in_a_paid_call_of_plain_code_records_its_step(tmp_path: Path) -> None:
+    source = """
+    from agentflow import sync
+    @sync.workflow("plain")
+    def plain(ctx):
+        return sync.generate_content("Hi", model="openai:gpt-5-mini")
+    plain.run()
+    """
+    release = threading.Event()
+
+    class Slow(Loopback):
+        def arrive(self, asked: Any, path: str) -> tuple[int, Any]:
+            found = super().arrive(asked, path)
+            release.wait(30)
+            return found
+
+    with Slow() as server:
+        process = start_program(source, tmp_path, env=server.environment)
+        until(lambda: server.arrived or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        until(lambda: "waiting for a paid model call" in process.stderr.readline())  # type: ignore[union-attr]
+        release.set()
+        _, err = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err and len(server.arrived) == 1
+    agentflow.configure(path=tmp_path / "journal")
+    (run,) = runs.list()
+    assert [each.status for each in run.steps] == ["completed"]
+
+
 # -- compensation -----------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from agentflow import generate_content, human_task, parallel, step, tasks, workflow
 from agentflow.errors import ModelError
+from agentflow.scratch import open_journal
 from agentflow.testing import FakeModel
 from tests.programs import notes, run_program, write_program
 
@@ -298,3 +299,106 @@ def test_a_step_in_doubt_is_in_doubt_in_another_structure(before: str, after: st
 
 def test_every_structure_is_tried_after_every_other() -> None:
     assert len(list(itertools.permutations(FORMS, 2))) == 72
+
+
+# -- what equal steps of several branches are to each other ------------------------------------------------------------
+
+PLAN: dict[str, list[str]] = {}
+
+
+@workflow("two-fan-outs")
+async def two_fan_outs(ctx: Any) -> list[Any]:
+    async def first() -> list[Any]:
+        return [await each(word) for word in PLAN["first"]]
+
+    async def second() -> list[Any]:
+        return [await each(word) for word in PLAN["second"]]
+
+    async def each(word: str) -> Any:
+        return await generate_content(word, model=MODEL, batch=True)
+
+    if not PLAN.get("overlapping"):
+        return [*await asyncio.gather(first()), *await asyncio.gather(second())]
+    one = asyncio.ensure_future(first())
+    while not ctx._ex.parked and not one.done():  # noqa: ASYNC110  the first waits before the second begins
+        await asyncio.sleep(0)
+    return list(await asyncio.gather(one, second()))
+
+
+async def test_a_started_call_that_moved_leaves_no_note_behind() -> None:
+    PLAN.clear()
+    PLAN.update(first=[], second=["at 12:34"])
+    with FakeModel(["one"], polls=1):
+        run = await two_fan_outs.start()
+        assert list(open_journal().scan("g/")) != []
+        PLAN.update(first=["at 12:34"], second=[])
+        while run.status == "waiting":
+            run = await two_fan_outs.start()
+        assert run.output == [["one"], []]
+    assert list(open_journal().scan("g/")) == []
+
+
+@pytest.mark.parametrize("overlapping", [[], ["yes"]])
+async def test_a_started_call_that_another_took_over_is_not_shared_by_its_old_branch(overlapping: list[str]) -> None:
+    """The branch that begins later asks for the same: for a call, and an answer, of its own."""
+    PLAN.clear()
+    PLAN.update(first=[], second=["at 12:34"], overlapping=overlapping)
+    replies = iter(["one", "two", "three"])
+    with FakeModel(lambda request: next(replies), polls=1) as model:
+        run = await two_fan_outs.start()
+        assert run.status == "waiting" and len(model.calls) == 1
+        PLAN.update(first=["at 12:34"], second=["at 12:34"])
+        while run.status == "waiting":
+            run = await two_fan_outs.start()
+        assert run.output == [["one"], ["two"]]
+    assert len(model.calls) == 2
+    # Nothing is left of the notes on unfinished calls, also where one was found in another branch.
+    assert list(open_journal().scan("g/")) == []
+
+
+async def pick() -> str:
+    RAN.append("pick")
+    return f"pick {len(RAN)}"
+
+
+async def never() -> str:
+    RAN.append("started")
+    await asyncio.Event().wait()
+    return "never"
+
+
+HANGS: list[bool] = []
+
+
+async def unsteady_pick() -> str:
+    return await (never() if HANGS and HANGS.pop() else pick())
+
+
+@workflow("started-and-recorded")
+async def started_and_recorded(ctx: Any) -> Any:
+    async def one() -> str:
+        return await step("pick", unsteady_pick)
+
+    async def two() -> str:
+        return await step("pick", unsteady_pick)
+
+    async def fails() -> None:
+        while RAN != ["started", "pick"]:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await step("last", lambda: None)
+        raise ValueError("not today")
+
+    if FORM[0] == "once":
+        return await step("pick", unsteady_pick)
+    return await asyncio.gather(one(), two(), fails())
+
+
+async def test_a_recorded_step_goes_before_an_equal_one_that_was_only_started() -> None:
+    RAN.clear()
+    HANGS[:] = [False, True]  # the first that starts hangs
+    FORM[0] = "twice and failing"
+    with pytest.raises(ValueError):
+        await started_and_recorded.run()
+    FORM[0] = "once"
+    assert await started_and_recorded.run() == "pick 2"
+    assert RAN == ["started", "pick"]
