@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agentflow.context import Context
     from agentflow.embeddings import embed
     from agentflow.events import send_event
+    from agentflow.fanout import parallel
     from agentflow.flow import Workflow, workflow
     from agentflow.handles import Plan, Run
     from agentflow.humantask import human_task
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from agentflow.prompts import Prompt, load_prompt
     from agentflow.records import Decision, Escalate, HumanTask, Retry, StepRecord
     from agentflow.settings import configure
-    from agentflow.steps import parallel, step
+    from agentflow.steps import step
     from agentflow.tools import tool
 
     generateContent = generate_content
@@ -59,7 +60,7 @@ _HOME = {
     "humanTask": "humantask",
     "human_task": "humantask",
     "load_prompt": "prompts",
-    "parallel": "steps",
+    "parallel": "fanout",
     "register_type": "codec",
     "send_event": "events",
     "step": "steps",

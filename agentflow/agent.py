@@ -38,12 +38,13 @@ from agentflow.errors import (
     UsageError,
     Waiting,
 )
+from agentflow.fanout import parallel
 from agentflow.human import human_call
 from agentflow.index import short
 from agentflow.models import Usage
 from agentflow.records import Decision
 from agentflow.redact import redact
-from agentflow.steps import make_call, parallel
+from agentflow.steps import make_call
 
 Script = Generator[Any, Any, Any]
 

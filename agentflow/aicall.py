@@ -17,12 +17,12 @@ import orjson
 from agentflow import agent, batches, codedigest, costs, generate, moments, otherform, prompts, sending
 from agentflow import files as files_in_records
 from agentflow.background import Flight
-from agentflow.blocking import portal
 from agentflow.calls import PLAIN, Call, Current, Options, Unanswered, here
 from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
 from agentflow.durations import Duration
 from agentflow.errors import UsageError
+from agentflow.portal import portal, result_of
 from agentflow.providers.common import digest
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
@@ -430,7 +430,7 @@ class _Streamed(Call):
         if hasattr(self, "_waiting"):
             self._waiting.append(waiting)
         else:  # driven by plain code
-            portal.call(_await, waiting)
+            portal.call(result_of, waiting)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         self._waiting = []
@@ -445,10 +445,6 @@ class AgentCall(_Streamed):
 
     __slots__ = ("agent",)
     agent: agent.Agent
-
-
-async def _await(waiting: Any) -> None:
-    await waiting
 
 
 def _retrying(current: Current | None) -> bool:

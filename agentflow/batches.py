@@ -31,13 +31,13 @@ import orjson
 
 from agentflow import background, budgets, costs, files, ledger, providers, sending
 from agentflow.calls import Call, Current, enclosing
-from agentflow.drive import PENDING, Wait
 from agentflow.errors import LeaseLost, ModelError, UsageError
 from agentflow.journal import Add, Drop, Put
 from agentflow.providers import batching
 from agentflow.providers.common import digest, now
 from agentflow.run import Execution
 from agentflow.settings import settings
+from agentflow.waits import PENDING, Wait
 
 FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 10.0, 300.0, 1.5  # seconds between two looks of a run that stays
 DUE = 300.0  # seconds after which a suspended run may look again

@@ -1,28 +1,22 @@
-"""The driver of ``engine.process`` in the calling thread, and the ways from plain code into a loop."""
+"""The driver of ``engine.process`` in the calling thread.
+
+It needs no event loop, and imports what has to do with one (``portal.py``, ``drive.py``) when a step is async, asks a
+model or is given up: a program of plain code does not wait for asyncio to be loaded.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
-import inspect
-import os
-import threading
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, Future, wait
-from typing import Any, TypeVar
+from typing import Any
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.clock import pass_time
-from agentflow.drive import PENDING, Wait, inside, keep, pauses, when_back
 from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
-from agentflow.settings import log
-from agentflow.workers import threads
-
-T = TypeVar("T")
+from agentflow.waits import PENDING, Wait, inside, is_awaitable, pauses
 
 
 def drive_blocking(call: Any) -> Any:
@@ -72,14 +66,16 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
         is_async = call.capture is not None and call.capture.is_async
         if not is_async and timeout is None:
             result = call.fn(*call.args, **call.kwargs)
-            if not inspect.isawaitable(result):
-                return result
-            return portal.call(_await, result)
+            return _awaited(result) if is_awaitable(result) else result
         context = contextvars.copy_context()
         clock = current.clock = None if timeout is None else _Clock(timeout)
         if is_async:
+            from agentflow.portal import portal
+
             future = portal.start(context, call.fn, call.args, call.kwargs)
         else:
+            from agentflow.workers import threads
+
             future = threads.submit(context, call.fn, call.args, call.kwargs)
         while True:
             try:
@@ -93,6 +89,8 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
             if is_async:
                 future.cancel()
             else:
+                from agentflow.drive import when_back
+
                 when_back(future, current)
             raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from late
     finally:
@@ -101,10 +99,12 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
 
 def _answered(call: Call, current: Current) -> Any:
     """``drive._answered`` in the calling thread."""
+    from agentflow.portal import paid
+
     ex = call.ex
     while True:
         try:
-            return _paid(call, current)
+            return paid(call, current)
         except Unanswered as unanswered:
             later = unanswered
         wait = later.wait()
@@ -116,40 +116,11 @@ def _answered(call: Call, current: Current) -> Any:
             ex.journal.commit(ops, fence=ex.fence)
 
 
-def _paid(call: Call, current: Current) -> Any:
-    """``drive._paid`` in the calling thread."""
-    ex = call.ex
-    future = portal.start(contextvars.copy_context(), call.fn, call.args, call.kwargs)
-    ex.paying[future] = call
-    future.add_done_callback(lambda done: ex.paying.pop(done, None))
-    try:
-        return future.result()
-    except CancelledError as error:  # an Exception here, and no failure of the step
-        raise asyncio.CancelledError from error
-    except BaseException as error:
-        if current.stop is not None:  # what goes on at the provider is not waited for here
-            current.stop()
-        if not isinstance(error, Exception):  # Ctrl-C
-            if not future.done():
-                stop_paying({future: call})
-            current.left = True
-            if future.done():
-                keep(future, current)
-        raise
+def _awaited(value: Any) -> Any:
+    """What an awaitable gives that a plain function has returned."""
+    from agentflow.portal import portal, result_of
 
-
-def stop_paying(calls: dict[Future[Any], Call]) -> None:
-    """Model calls whose callers go: those not sent yet are not sent, the others are paid for and waited for."""
-    for future, call in list(calls.items()):
-        if call.withdraw():
-            future.cancel()
-    if sent := [future for future in list(calls) if not future.done()]:
-        log.info("waiting for a paid model call in flight, so that its reply is recorded")
-        wait(sent, timeout=120)
-
-
-async def _await(value: Any) -> Any:
-    return await value
+    return portal.call(result_of, value)
 
 
 class _Clock:
@@ -238,6 +209,8 @@ def park_blocking(ex: Execution, wait: Wait | None) -> Any:
                 if not look:
                     ex.turn.wait(max(0.0, min(pause, left)))
             if look:
+                from agentflow.portal import portal
+
                 portal.start(contextvars.copy_context(), ex.batches.look, (), {}).result()
                 pause = 0.0005
             pause = min(pause * 2, 0.25)
@@ -280,118 +253,6 @@ def all_left(ex: Execution, branches: list[tuple[str, str]]) -> None:
             ex.left_branches.remove(each)
 
 
-class _Portal:
-    """One loop in a daemon thread, for async functions that plain code calls."""
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin without a loop, as in a child process, where the thread of its parent's is not."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()
-
-    def loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None or not self._loop.is_running():
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="agentflow-loop", daemon=True).start()
-                while not self._loop.is_running():
-                    time.sleep(0.0005)
-            return self._loop
-
-    def start(
-        self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Future[Any]:
-        loop = self.loop()
-        future: Future[Any] = Future()
-
-        def begin() -> None:
-            try:
-                task = context.run(loop.create_task, _await_call(fn, args, kwargs))
-            except BaseException as error:
-                future.set_exception(error)
-                return
-            task.add_done_callback(lambda done: _copy(done, future))
-            future.add_done_callback(lambda f: f.cancelled() and loop.call_soon_threadsafe(task.cancel))
-
-        loop.call_soon_threadsafe(begin)
-        return future
-
-    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """Run an async function there and wait; Ctrl-C cancels it."""
-        future = self.start(contextvars.copy_context(), fn, args, {})
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-
-async def _await_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return await fn(*args, **kwargs)
-
-
-def _copy(task: asyncio.Task[Any], future: Future[Any]) -> None:
-    if future.cancelled():
-        task.cancelled() or task.exception()
-    elif task.cancelled():
-        future.set_exception(asyncio.CancelledError())
-    elif (error := task.exception()) is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(task.result())
-
-
-portal = _Portal()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=portal.begin)
-
-
-def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end from plain code, in a thread of its own where a loop is running already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        running = False
-    else:
-        running = True
-    if not running:
-        return asyncio.run(coroutine)
-    context = contextvars.copy_context()
-    box: list[Any] = []
-    ready = threading.Event()
-
-    async def main() -> T:
-        box.append((asyncio.get_running_loop(), asyncio.current_task()))
-        ready.set()
-        return await coroutine
-
-    outcome: list[Any] = []
-
-    def target() -> None:
-        try:
-            outcome.append((True, context.run(asyncio.run, main())))
-        except BaseException as error:
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=target, name="agentflow-run", daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        ready.wait(5)
-        if box:
-            box[0][0].call_soon_threadsafe(box[0][1].cancel)
-        thread.join(30)
-        raise
-    ok, value = outcome[0]
-    if not ok:
-        raise value
-    result: T = value
-    return result
-
-
 def collect_blocking(ex: Execution, call: Call, head: dict[str, Any]) -> None:
     """``drive.collect`` for plain code."""
     current = Current(call, head["key"], head["attempts"], head["sample"])
@@ -399,8 +260,8 @@ def collect_blocking(ex: Execution, call: Call, head: dict[str, Any]) -> None:
     token = here.set(inside(call, current))
     try:
         result = call.fn(*call.args, **call.kwargs)
-        if inspect.isawaitable(result):
-            portal.call(_await, result)
+        if is_awaitable(result):
+            _awaited(result)
     finally:
         here.reset(token)
         ex.collecting = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from agentflow.errors import StepNotAwaited, UsageError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from agentflow.capture import Capture
     from agentflow.index import Slot
     from agentflow.records import Retry
@@ -326,32 +328,22 @@ class Call(Coroutine[Any, Any, Any]):
         return StepNotAwaited(f"step {self.name!r} was not awaited. Write: await step({self.name!r}, ...)")
 
 
+_of_asyncio: Callable[[], asyncio.Task[Any] | None] | None = None
+
+
 def current_task() -> asyncio.Task[Any] | None:
     """The running asyncio task, or None outside an event loop."""
+    global _of_asyncio
+    if _of_asyncio is None:
+        if "asyncio" not in sys.modules:  # then nobody has a loop, and plain code needs none
+            return None
+        import asyncio
+
+        _of_asyncio = asyncio.current_task
     try:
-        return asyncio.current_task()
+        return _of_asyncio()
     except RuntimeError:
         return None
-
-
-def stop_clocks() -> list[tuple[Any, float]]:
-    """Waiting does not count against the timeouts of the enclosing steps: what is left of each."""
-    place, stopped = here.get(), []
-    now = asyncio.get_running_loop().time()
-    current = place.outer if place is not None else None
-    while current is not None:
-        if current.clock is not None and (when := current.clock.when()) is not None:
-            stopped.append((current.clock, when - now))
-            current.clock.reschedule(None)
-        current = current.parent
-    return stopped
-
-
-def start_clocks(stopped: list[tuple[Any, float]]) -> None:
-    """Goes on with what ``stop_clocks`` has stopped."""
-    now = asyncio.get_running_loop().time()
-    for clock, left in stopped:
-        clock.reschedule(now + left)
 
 
 def enclosing(call: Call) -> list[Current]:

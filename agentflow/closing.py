@@ -12,7 +12,6 @@ import orjson
 
 from agentflow import children, codec, control, events, human, rundocs
 from agentflow.calls import PLAIN, Call, Options, Suspend
-from agentflow.drive import PENDING, Wait, collect
 from agentflow.errors import (
     BudgetExceeded,
     JournalError,
@@ -29,6 +28,7 @@ from agentflow.records import moment, money
 from agentflow.run import Execution
 from agentflow.settings import log
 from agentflow.steps import make_call
+from agentflow.waits import PENDING, Wait
 
 
 def result(ex: Execution, value: Any) -> tuple[str, Any]:
@@ -106,6 +106,8 @@ def undoing(ex: Execution, call: Call, slot: Any, value: Any) -> Call:
 
 
 async def undo(ex: Execution) -> None:
+    from agentflow.drive import collect
+
     while (inside := replayed_with_undo(ex)) is not None:
         try:
             await collect(ex, *inside)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import random as random_
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentflow import codec
 from agentflow.blocking import drive_blocking
 from agentflow.calls import PLAIN, Call, here
-from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
 from agentflow.events import wait_call
@@ -24,6 +22,10 @@ from agentflow.records import UNSET, StepRecord, moment
 from agentflow.run import Execution
 from agentflow.settings import log
 from agentflow.values import in_ident, once
+from agentflow.waits import PENDING, Wait
+
+if TYPE_CHECKING:
+    from logging import Logger, LoggerAdapter
 
 
 def view(row: Row, *, replayed: bool = False) -> StepRecord:
@@ -120,7 +122,13 @@ class Context:
         self.workflow = ex.workflow
         self.input = given
         self.steps = Steps(ex)
-        self.log = logging.LoggerAdapter(log, {"run_id": ex.run_id})
+
+    @property
+    def log(self) -> LoggerAdapter[Logger]:
+        """The logger ``agentflow``, with the run's id in each record as ``run_id``."""
+        from logging import LoggerAdapter
+
+        return LoggerAdapter(log.logger(), {"run_id": self.run_id})
 
     def now(self, name: str = "") -> datetime:
         """The time, as an aware UTC datetime; recorded, so that a restart reads the same."""

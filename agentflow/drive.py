@@ -10,47 +10,23 @@ import asyncio
 import contextvars
 import gc
 import inspect
-import time
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentflow import rundocs
-from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here, start_clocks, stop_clocks
+from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here
+from agentflow.cancelled import CancelledAfterCommit
 from agentflow.clock import FakeClock, pass_time
+from agentflow.clocks import start_clocks, stop_clocks
 from agentflow.engine import keep_late, process
 from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
 from agentflow.settings import log, settings
+from agentflow.waits import PENDING, Wait, coroutine_label, inside, pauses
 from agentflow.workers import in_flight, threads
-from agentflow.writer import CancelledAfterCommit
-
-PENDING: Any = object()
-PATIENCE = 5.0  # seconds that a step waits for siblings that may leave it their record
-
-
-class Wait:
-    """Something a branch waits for. ``check`` gives the result, or ``PENDING``; it may raise.
-
-    ``due`` is the epoch second at which checking makes sense by itself; None: only from outside. ``more`` is what
-    else is waited for, any of which will do.
-    """
-
-    __slots__ = ("check", "due", "info", "more")
-
-    def __init__(
-        self,
-        check: Callable[[], Any],
-        info: dict[str, Any],
-        due: float | None = None,
-        more: Sequence[dict[str, Any]] = (),
-    ) -> None:
-        self.check = check
-        self.info = info
-        self.due = due
-        self.more = more
 
 
 def drive(call: Call) -> Generator[Any, Any, Any]:
@@ -117,34 +93,6 @@ async def _let_siblings(call: Call) -> None:
     with call.ex.patience(call):
         for pause in pauses(call):
             await asyncio.sleep(pause)
-
-
-def pauses(call: Call) -> Iterator[float]:
-    """Seconds to sleep, again and again, while a sibling has not asked yet for what this call could use.
-
-    It may never ask: the step was moved from there to here. That shows when it ends; one that goes on for long is not
-    waited for, since it might wait for this one.
-    """
-    start = time.monotonic()
-    pause, end = 0.0, start + (0.2 if call.ex.plan else PATIENCE)  # a plan's branches stay where they stop
-    while call.ex.kept_by_sibling(call) and (now := time.monotonic()) < end:
-        if now - start > 0.5:
-            call.ex.say_once(f"{call.name}: waits a moment for a branch that may leave it its record")
-        yield pause
-        pause = min(max(pause * 2, 0.0005), 0.02)
-
-
-def inside(call: Call, current: Current) -> Here:
-    """The place of code inside the step's function."""
-    task = _task()
-    return Here(call.ex, call.occ, "0", "", f"{call.here.epoch}.{current.sample}", current, task)
-
-
-def _task() -> Any:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
 
 
 async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
@@ -342,26 +290,6 @@ def _unwatch_tasks(loop: asyncio.AbstractEventLoop) -> None:
         if loop.get_task_factory() is entry[2]:
             loop.set_task_factory(entry[1])
         del _factories[loop]
-
-
-def coroutine_label(coro: Any) -> str:
-    """What names a branch: its function and what that was given."""
-    frame = getattr(coro, "cr_frame", None)
-    name = getattr(coro, "__qualname__", type(coro).__name__)
-    if frame is None:
-        return str(name)
-    code = frame.f_code
-    count = code.co_argcount + code.co_kwonlyargcount
-    return branch_label(str(name), [frame.f_locals.get(arg) for arg in code.co_varnames[:count]])
-
-
-def branch_label(name: str, given: Any) -> str:
-    from agentflow.capture import data_digest
-
-    try:
-        return f"{name}({data_digest(given)[:12]})".replace("/", "|")
-    except Exception:  # an argument of any kind may be there; the name alone then tells the branch
-        return name.replace("/", "|")
 
 
 async def park(ex: Execution, wait: Wait | None) -> Any:

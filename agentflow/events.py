@@ -20,7 +20,6 @@ from agentflow import codec, rundocs
 from agentflow.calls import PLAIN, Call, enclosing, here
 from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
-from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
 from agentflow.errors import EventTimeout, RunNotFound, UsageError
 from agentflow.index import in_key, short
@@ -30,6 +29,7 @@ from agentflow.run import Execution
 from agentflow.scratch import open_journal
 from agentflow.settings import log, now
 from agentflow.values import once
+from agentflow.waits import PENDING, Wait
 
 _COUNT = "en/events"
 ANY = "*"

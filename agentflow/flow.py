@@ -7,7 +7,6 @@ one commit). A crash anywhere leaves a run whose lease is dead: the next start t
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import inspect
@@ -18,12 +17,11 @@ from decimal import Decimal
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from agentflow import budgets, closing, codec, cron, opening, rundocs, typecheck
-from agentflow.blocking import collect_blocking, drive_blocking, park_blocking, run_coroutine, stop_paying
+from agentflow.blocking import collect_blocking, drive_blocking, park_blocking
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.childcalls import ChildCall
 from agentflow.context import Context
 from agentflow.cron import Schedule
-from agentflow.drive import execute, park
 from agentflow.durations import Duration, seconds
 from agentflow.engine import over_budget
 from agentflow.errors import (
@@ -176,10 +174,16 @@ class Workflow(Generic[P, T]):
         arguments = opening.arguments(self._definition, args, kwargs)
         if self._definition.blocking:
             return self._run_blocking(arguments)  # type: ignore[no-any-return]
+        from agentflow.portal import run_coroutine
+
         return run_coroutine(self._run(arguments))  # type: ignore[no-any-return]
 
     async def plan(self, *args: P.args, **kwargs: P.kwargs) -> Plan:
         """What ``run`` would do: reused, changed with the difference, or new. Writes and spends nothing."""
+        import asyncio
+
+        from agentflow.drive import execute
+
         if self._definition.blocking:
             return await asyncio.to_thread(self.plan_blocking, *args, **kwargs)
         ex, context, arguments = self._planned(opening.arguments(self._definition, args, kwargs))
@@ -265,6 +269,10 @@ class Workflow(Generic[P, T]):
 
     async def _recorded(self, call: ChildCall, arguments: dict[str, Any], ids: list[str] | None) -> Any:
         """This run as a part of a plan: its result, if all of it is recorded; it is stopped where it would run."""
+        import asyncio
+
+        from agentflow.drive import execute, park
+
         try:
             if self._definition.blocking:
                 context = contextvars.copy_context()
@@ -300,9 +308,15 @@ class Workflow(Generic[P, T]):
                 if caller is None:
                     raise
                 wait = closing.childs_wait(caller, error)
+            from agentflow.drive import park
+
             await park(caller, wait)
 
     async def _once(self, arguments: dict[str, Any], ids: list[str] | None, call: ChildCall | None) -> Any:
+        import asyncio
+
+        from agentflow.drive import execute
+
         if self._definition.blocking:
             context = contextvars.copy_context()
             return await asyncio.to_thread(context.run, self._once_blocking, arguments, ids, call)
@@ -437,7 +451,10 @@ class Workflow(Generic[P, T]):
             closing.close_failed(opened, error)
             raise
         except BaseException:  # Ctrl-C, while other threads may be asking models
-            stop_paying(ex.paying)
+            if ex.paying:
+                from agentflow.portal import stop_paying
+
+                stop_paying(ex.paying)
             closing.give_up(opened)
             raise
         finally:
@@ -592,4 +609,4 @@ def known(name: str) -> Workflow[..., Any] | None:
     return workflows.get(name)
 
 
-__all__ = ["Context", "Plan", "Run", "Workflow", "define", "known", "run_coroutine", "workflow"]
+__all__ = ["Context", "Plan", "Run", "Workflow", "define", "known", "workflow"]

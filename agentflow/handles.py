@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentflow import codec, control, redo, rundocs
-from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.context import view
 from agentflow.errors import AgentflowError, RunCancelled, StepFailed, UsageError, Waiting
@@ -281,6 +280,8 @@ class Run:
         async def go_on() -> Any:
             return await self
 
+        from agentflow.portal import run_coroutine
+
         return run_coroutine(go_on())
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -302,6 +303,8 @@ class Run:
 
 def run_apart(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine to its end from plain code, as if it stood in no run."""
+    from agentflow.portal import run_coroutine
+
     context = contextvars.copy_context()
     context.run(here.set, None)
     return context.run(run_coroutine, coroutine)

@@ -15,7 +15,6 @@ from agentflow import codec, taskdocs
 from agentflow import schema as schema_
 from agentflow.calls import PLAIN, Call, enclosing, here
 from agentflow.capture import data_digest, data_text
-from agentflow.drive import PENDING, Wait
 from agentflow.durations import Duration, seconds
 from agentflow.errors import (
     HumanTaskExpired,
@@ -30,6 +29,7 @@ from agentflow.journal import Drop, Journal, Put
 from agentflow.records import UNSET, Decision, Escalate, HumanTask, moment
 from agentflow.run import Execution
 from agentflow.settings import log, settings
+from agentflow.waits import PENDING, Wait
 
 # The schema types of open tasks that this process asks for, by journal and task: answers given here are read with them.
 _types: dict[tuple[str, str], Any] = {}

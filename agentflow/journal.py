@@ -9,9 +9,7 @@ mode, a side file, a pickle) is never decoded, only reported.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import logging
 import mmap
 import os
 import sqlite3
@@ -29,12 +27,12 @@ from agentflow.marks import Marks
 from agentflow.reads import Reads
 from agentflow.spill import Spill
 from agentflow.store import DB_NAME, Add, Drop, Fence, Op, Put, Txn, connect, translate
+from agentflow.voice import log
 from agentflow.writer import Job, Writer
 
 __all__ = ["DIGEST_VERSION", "LAYOUT_VERSION", "Add", "Drop", "Fence", "Journal", "Op", "Put", "Txn", "default_path"]
 
 T = TypeVar("T")
-log = logging.getLogger("agentflow")
 
 _journals: dict[str, Journal] = {}
 _journals_lock = threading.Lock()
@@ -258,8 +256,10 @@ class Journal:
                 if pause is None:
                     log.warning("%s", error)
                     return self._keep(ops, fence)
+            from asyncio import sleep
+
             try:
-                await asyncio.sleep(pause)
+                await sleep(pause)
             except BaseException:
                 self._keep(ops, fence)
                 raise

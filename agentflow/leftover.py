@@ -18,13 +18,13 @@ import orjson
 
 from agentflow import batches, budgets, costs, providers, rundocs
 from agentflow.background import ENDED, LOOK_TIMEOUT
-from agentflow.blocking import run_coroutine
 from agentflow.calls import here
 from agentflow.drive import drive
 from agentflow.errors import ModelError, RunBusy
 from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal
 from agentflow.lease import acquire
+from agentflow.portal import run_coroutine
 from agentflow.providers.common import now as now_text
 from agentflow.redact import redact
 from agentflow.run import Execution

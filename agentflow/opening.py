@@ -20,7 +20,6 @@ from agentflow.capture import data_digest
 from agentflow.childcalls import ChildCall
 from agentflow.children import note_caller
 from agentflow.codedigest import code_of
-from agentflow.drive import drive
 from agentflow.errors import (
     LeaseLost,
     RunCancelled,
@@ -31,7 +30,7 @@ from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
 from agentflow.run import Execution
-from agentflow.scratch import open_journal
+from agentflow.scratch import driver, open_journal
 from agentflow.settings import log, now, only_looking, settings
 
 # The runs that this process executes; those that have ended are in it until they are collected.
@@ -281,7 +280,7 @@ def execution(
     arguments: dict[str, Any],
     prior: str | None,
 ) -> Execution:
-    ex = Execution(journal, run_id, flow.name, drive, on_change=flow.on_change)
+    ex = Execution(journal, run_id, flow.name, driver, on_change=flow.on_change)
     ex.ask = human.ask_in_doubt
     ex.stay = flow.options.wait
     if ex.stay:

@@ -7,7 +7,6 @@ were spilled (spill.py) and not yet taken in count as if they were in the databa
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import threading
 import weakref
@@ -21,8 +20,7 @@ from typing import Any
 from agentflow.errors import UsageError
 from agentflow.spill import Spill
 from agentflow.store import connect, translate
-
-log = logging.getLogger("agentflow")
+from agentflow.voice import log
 
 _PAGE_ROWS = 256
 _PAGE_CHARS = 4_000_000

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agentflow import journal as journals
-from agentflow.drive import drive
+from agentflow.calls import Call
 from agentflow.errors import JournalError
 from agentflow.journal import Journal
 from agentflow.layout import default_path
@@ -16,6 +16,14 @@ from agentflow.settings import log, only_looking, settings
 
 _scopes: dict[str, Execution] = {}
 _at_exit: list[Any] = []
+
+
+def driver(call: Call) -> Any:
+    """``drive.drive``, loaded when a step is awaited: plain code never does that, and needs no event loop."""
+    from agentflow.drive import drive
+
+    call.ex.driver = drive
+    return drive(call)
 
 
 def open_journal() -> Journal:
@@ -29,7 +37,7 @@ def scratch() -> Execution:
     journal = open_journal()
     scope = _scopes.get(journal.id)
     if scope is None or scope.journal is not journal:
-        scope = Execution(journal, "scratch", "scratch", drive, on_change="rerun", scratch=True)
+        scope = Execution(journal, "scratch", "scratch", driver, on_change="rerun", scratch=True)
         scope.number = int(scope.session)
         _scopes[journal.id] = scope
         if not _at_exit:

@@ -16,7 +16,8 @@ from typing import Any
 import orjson
 
 from agentflow import budgets, costs, ledger, limits, providers, tokens
-from agentflow.calls import Call, Current, Suspend, start_clocks, stop_clocks
+from agentflow.calls import Call, Current, Suspend
+from agentflow.clocks import start_clocks, stop_clocks
 from agentflow.errors import ModelError
 from agentflow.journal import Add, Drop, Op
 from agentflow.line import Admit, Line

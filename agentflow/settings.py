@@ -1,10 +1,8 @@
-"""What ``configure`` sets for this process, and the voice that speaks to the terminal."""
+"""What ``configure`` sets for this process."""
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,19 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agentflow.errors import UsageError
-
-log = logging.getLogger("agentflow")
-
-
-class _Voice(logging.Handler):
-    """Prints to stderr while the program has set up no logging of its own."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if logging.getLogger().handlers or settings.quiet:
-            return
-        from agentflow.redact import redact
-
-        print(redact(record.getMessage()), file=sys.stderr)
+from agentflow.voice import log as log
 
 
 @dataclass(slots=True)
@@ -35,7 +21,6 @@ class Settings:
     model: str | None = None
     notify: Callable[[Any], object] | None = None
     authorize: Callable[[Any, str | None], bool] | None = None
-    quiet: bool = False
     ask: bool = True
     clock: Callable[[], float] | None = None
     budget: Any = None  # a budgets.Period
@@ -129,11 +114,6 @@ def configure(
 
         set_extra(redact if redact is not None else ())
     if quiet is not _UNSET:
-        settings.quiet = bool(quiet)
+        log.quiet = bool(quiet)
     if ask is not _UNSET:
         settings.ask = ask is None or bool(ask)
-
-
-if not log.handlers:
-    log.addHandler(_Voice())
-    log.setLevel(logging.INFO)

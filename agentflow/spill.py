@@ -8,7 +8,6 @@ the process dies in between, importing it once more changes nothing, because the
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,7 @@ from pathlib import Path
 
 from agentflow.errors import LeaseLost
 from agentflow.store import Add, Drop, Fence, Op, Put, Txn
-
-log = logging.getLogger("agentflow")
+from agentflow.voice import log
 
 
 @dataclass(eq=False, slots=True)

@@ -7,8 +7,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 class _Threads:
@@ -26,6 +28,8 @@ class _Threads:
     def submit(
         self, context: contextvars.Context, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Future[Any]:
+        from concurrent.futures import Future  # with logging, which programs that use no threads need not load
+
         future: Future[Any] = Future()
         with self._lock:
             start = self._idle == 0

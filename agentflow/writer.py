@@ -11,7 +11,6 @@ A crash before COMMIT returns loses the whole transaction; after it, nothing (WA
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import queue
 import sqlite3
@@ -19,10 +18,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from agentflow.calls import current_task
 from agentflow.errors import JournalBusy, LeaseLost, UsageError
 from agentflow.store import Fence, Txn, code_of, connect, translate
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -51,14 +54,6 @@ class Job(Generic[T]):
         if self.fence is not None:
             txn.check(self.fence)
         return self.body(txn)
-
-
-class CancelledAfterCommit(asyncio.CancelledError):
-    """Whoever waited for a commit was cancelled, and it has happened; ``result`` is what it gave."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__()
-        self.result = result
 
 
 class LockHeld(Exception):
@@ -127,6 +122,10 @@ class Writer:
         Raises:
             CancelledAfterCommit: it was cancelled, and the job is done.
         """
+        import asyncio
+
+        from agentflow.cancelled import CancelledAfterCommit
+
         self._refuse_nesting()
         loop = asyncio.get_running_loop()
         if self._may_inline(loop):
@@ -148,7 +147,7 @@ class Writer:
     def _may_inline(self, loop: asyncio.AbstractEventLoop) -> bool:
         # Commits of several tasks in one turn of the loop are worth one shared fsync; commits that one
         # task makes one after the other cannot share any, and a thread hand-off would only cost time.
-        task = asyncio.current_task(loop)
+        task = current_task()
         if self._turn[0] is loop:
             if self._turn[1] is not task:
                 self._crowded = time.monotonic()
@@ -346,6 +345,8 @@ class Writer:
 
 
 async def _to_its_end(future: asyncio.Future[Any]) -> None:
+    import asyncio
+
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):  # one is enough: it is raised at the end
             await asyncio.wait({future})

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from agentflow import layout, writer
+from agentflow.cancelled import CancelledAfterCommit
 from agentflow.create import record_disk
 from agentflow.errors import (
     JournalBusy,
@@ -34,7 +35,6 @@ from agentflow.errors import (
     UsageError,
 )
 from agentflow.journal import Add, Drop, Fence, Journal, Put, default_path
-from agentflow.writer import CancelledAfterCommit
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,16 +1,4 @@
-"""The same names for plain ``def`` code: nothing is awaited.
-
-Steps run in the calling thread, unless they have a timeout, are async, or run in ``parallel``.
-
-    from agentflow.sync import workflow, step
-
-    @workflow
-    def report(ctx, topic: str) -> str:
-        facts = step("facts", gather_facts, topic)
-        return step("write", write, facts)
-
-    report.run("rivers")
-"""
+"""``parallel`` for plain code: branches in threads."""
 
 from __future__ import annotations
 
@@ -21,126 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from agentflow import agent, aicall, embeddings, flow, human, runs, steps, tasks
-from agentflow.blocking import all_left, count_going, drive_blocking, leave, run_coroutine
-from agentflow.calls import Here, current_step, here
-from agentflow.context import Context
-from agentflow.drive import branch_label
+from agentflow.blocking import all_left, count_going, leave
+from agentflow.calls import Here, here
 from agentflow.durations import Duration, seconds
 from agentflow.errors import BudgetExceeded, StepTimeout, UsageError
-from agentflow.events import send_event
-from agentflow.handles import Run
-from agentflow.models import Reply
-from agentflow.prompts import Prompt, load_prompt
-from agentflow.records import UNSET, Decision, Escalate, Retry
-from agentflow.settings import configure
-from agentflow.tools import tool
+from agentflow.waits import branch_label
 from agentflow.workers import threads
-
-
-def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any:
-    """``agentflow.step`` for plain code: runs at once and returns the result."""
-    return steps.entry(name, fn, args, options, drive_blocking)
-
-
-def generate_content(prompt: Any, **options: Any) -> Any:
-    """``agentflow.generate_content`` for plain code: returns the answer."""
-    call = aicall.generate_content(prompt, **options)
-    if isinstance(call, aicall.AgentCall):
-        call.agent.driver = _perform
-    return drive_blocking(call)
-
-
-def _perform(script: agent.Script) -> Any:
-    """``agent.perform`` in plain code."""
-    send: Any = script.send
-    value: Any = None
-    while True:
-        try:
-            effect = send(value)
-        except StopIteration as stop:
-            return stop.value
-        try:
-            if isinstance(effect, agent.Branches):
-                value = parallel({label: functools.partial(_perform, one) for label, one in effect.scripts.items()})
-            else:
-                value = drive_blocking(effect)
-            send = script.send
-        except BaseException as error:
-            send, value = script.throw, error
-
-
-generate_content.__agentflow_model_call__ = True  # type: ignore[attr-defined]
-generateContent = generate_content
-
-
-def embed(texts: Any, **options: Any) -> Any:
-    """``agentflow.embed`` for plain code: returns the vectors."""
-    return drive_blocking(embeddings.embed(texts, **options))
-
-
-embed.__agentflow_model_call__ = True  # type: ignore[attr-defined]
-
-
-def human_task(
-    type: str = "approve",
-    assign_to: Any = None,
-    data: Any = None,
-    *,
-    title: str | None = None,
-    schema: Any = None,
-    timeout: Duration | None = None,
-    on_timeout: Any = UNSET,
-    remind: Duration | None = None,
-) -> Any:
-    """``agentflow.human_task`` for plain code."""
-    return drive_blocking(human.human_call(type, assign_to, data, title, schema, timeout, on_timeout, remind))
-
-
-humanTask = human_task
-
-
-class Workflow(flow.Workflow[..., Any]):
-    """A workflow of a plain function; ``run`` is a plain call."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's result; finished steps are replayed from their records."""
-        return self.run_sync(*args, **kwargs)
-
-    def start(self, *args: Any, **kwargs: Any) -> Any:
-        """The ``Run``, once it has finished or waits."""
-        return run_coroutine(super().start(*args, **kwargs))
-
-    def plan(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``run`` would do; writes and spends nothing."""
-        return self.plan_blocking(*args, **kwargs)
-
-
-def workflow(
-    name: Any = None,
-    *,
-    execute: Any = None,
-    timeout: Duration | None = None,
-    budget: Any = None,
-    on_change: str = "auto",
-    run_id: Any = None,
-    schedule: str | None = None,
-    timezone: str | None = None,
-    catch_up: str = "latest",
-) -> Any:
-    """``agentflow.workflow`` for plain ``def`` functions. After its ``timeout`` the function ends at its next step."""
-    options = {"timeout": timeout, "budget": budget, "on_change": on_change, "run_id": run_id}
-    options |= {"schedule": schedule, "timezone": timezone, "catch_up": catch_up}
-    options |= {"blocking": True, "kind": Workflow}
-    if callable(name):
-        return flow.define(name, None, **options)
-    if execute is not None:
-        return flow.define(execute, name, **options)
-
-    def decorate(fn: Callable[..., Any]) -> Any:
-        return flow.define(fn, name, **options)
-
-    return decorate
 
 
 class _Parallel:
@@ -248,9 +122,3 @@ def _fan_out(
 
 
 parallel = _Parallel()
-
-__all__ = [
-    "Context", "Decision", "Escalate", "Prompt", "Reply", "Retry", "Run", "Workflow", "configure", "current_step",
-    "embed", "generateContent", "generate_content", "humanTask", "human_task", "load_prompt", "parallel", "runs",
-    "send_event", "step", "tasks", "tool", "workflow",
-]  # fmt: skip
