@@ -7,6 +7,7 @@ model or is given up: a program of plain code does not wait for asyncio to be lo
 from __future__ import annotations
 
 import contextvars
+import inspect
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
-from agentflow.waits import PENDING, Wait, inside, is_awaitable, pauses
+from agentflow.waits import PENDING, Wait, inside, pauses
 
 
 def drive_blocking(call: Any) -> Any:
@@ -66,7 +67,7 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
         is_async = call.capture is not None and call.capture.is_async
         if not is_async and timeout is None:
             result = call.fn(*call.args, **call.kwargs)
-            return _awaited(result) if is_awaitable(result) else result
+            return _awaited(result) if inspect.isawaitable(result) else result
         context = contextvars.copy_context()
         clock = current.clock = None if timeout is None else _Clock(timeout)
         if is_async:
@@ -260,7 +261,7 @@ def collect_blocking(ex: Execution, call: Call, head: dict[str, Any]) -> None:
     token = here.set(inside(call, current))
     try:
         result = call.fn(*call.args, **call.kwargs)
-        if is_awaitable(result):
+        if inspect.isawaitable(result):
             _awaited(result)
     finally:
         here.reset(token)

@@ -11,8 +11,7 @@ import dis
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentflow.canonical import cell_value, marked, short_digest
 
@@ -27,8 +26,7 @@ _KINDS = (
 )  # *args, **kwargs, generator, coroutine, awaitable generator, async gen
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """``app.helpers.charge`` as loaded: its names, whether it is called, a constant first argument if there is one."""
 
     names: tuple[str, ...]
@@ -38,8 +36,7 @@ class Chain:
     """The first name is a captured variable, not a global."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What one code object computes (``digest``) and which names it uses for it."""
 
     code: weakref.ref[types.CodeType]  # forgets the shape when the code object goes, before its id is used again

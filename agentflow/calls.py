@@ -6,11 +6,11 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from agentflow.errors import StepNotAwaited, UsageError
+from agentflow.plain import Plain
 
 if TYPE_CHECKING:
     import asyncio
@@ -40,23 +40,50 @@ class Unanswered(BaseException):
 ON_CHANGE = ("auto", "rerun", "reuse", "error")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Plain):
     """The options of one step, checked."""
 
-    retry: Retry | None = None
-    timeout: float | None = None
-    idempotency_key: str | None = None
-    compensate: Callable[[Any], Any] | None = None
-    effect: bool = False
-    secret: bool = False
-    on_change: str | None = None
-    in_doubt: str = "rerun"
-    max_age: float | None = None
-    thread: bool = True
+    __slots__ = (
+        "compensate",
+        "effect",
+        "idempotency_key",
+        "in_doubt",
+        "max_age",
+        "on_change",
+        "retry",
+        "secret",
+        "thread",
+        "timeout",
+    )
+
+    def __init__(
+        self,
+        *,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+        compensate: Callable[[Any], Any] | None = None,
+        effect: bool = False,
+        secret: bool = False,
+        on_change: str | None = None,
+        in_doubt: str = "rerun",
+        max_age: float | None = None,
+        thread: bool = True,
+    ) -> None:
+        self.retry = retry
+        self.timeout = timeout
+        self.idempotency_key = idempotency_key
+        self.compensate = compensate
+        self.effect = effect
+        self.secret = secret
+        self.on_change = on_change
+        self.in_doubt = in_doubt
+        self.max_age = max_age
+        self.thread = thread
 
 
 PLAIN = Options()
+UNSET: Any = object()  # an argument that was not given, where None means something
 
 
 class Here:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from agentflow import children, codec, control, events, human, rundocs
+from agentflow import children, codec, rundocs
 from agentflow.calls import PLAIN, Call, Options, Suspend
 from agentflow.errors import (
     BudgetExceeded,
@@ -24,11 +23,11 @@ from agentflow.errors import (
 from agentflow.handles import waiting, workflows
 from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.opening import Opened, code_digest
-from agentflow.records import moment, money
 from agentflow.run import Execution
 from agentflow.settings import log
 from agentflow.steps import make_call
 from agentflow.waits import PENDING, Wait
+from agentflow.words import moment, money
 
 
 def result(ex: Execution, value: Any) -> tuple[str, Any]:
@@ -73,6 +72,8 @@ def children_to_undo(opened: Opened) -> Iterator[tuple[Any, dict[str, Any]]]:
         document = rundocs.read(ex.journal, child)
         if document is None or document["status"] in ("completed", "failed", "cancelled"):
             continue
+        from agentflow import control
+
         document = control.cancel(ex.journal, child, compensate=True)
         if (flow := workflows.get(document["workflow"])) is None:
             ex.warn(f"run {child} is to be undone by a program that defines {document['workflow']!r}")
@@ -99,7 +100,7 @@ def undoing(ex: Execution, call: Call, slot: Any, value: Any) -> Call:
     if named:
         ops.append(Add(f"{named}!void", ""))
     undo.kind = "compensation"
-    undo.options = replace(PLAIN, on_change="reuse")
+    undo.options = PLAIN.but(on_change="reuse")
     undo.policy = "reuse"
     undo.extra_ops = tuple(ops)
     return undo
@@ -230,9 +231,13 @@ def close(opened: Opened, status: str) -> None:
     else:
         document["paid"] = str(Decimal(document.get("paid", "0")) + ex.totals.paid)
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
-    ops = human.withdraw(ex, status) if ex.prior is not None or ex.asked_tasks else []
-    if status == "completed" and (ex.prior is not None or ex.asked_tasks):
-        ops += events.give_back(ex)
+    ops: list[Any] = []
+    if ex.prior is not None or ex.asked_tasks:
+        from agentflow import events, human
+
+        ops += human.withdraw(ex, status)
+        if status == "completed":
+            ops += events.give_back(ex)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
     if status == "failed" and opened.call is not None:
         ops.append(opened.call.failed(document))

@@ -17,8 +17,7 @@ import types
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentflow.bytecode import MOST, Chain, Shape, free_values, shape_of
 from agentflow.canonical import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest
@@ -39,8 +38,7 @@ prompt_part: Callable[[str], str | None] = _no_prompt
 """Hook: the digest of prompt file ``name``, or None when there is none. Set by the module that loads prompts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(NamedTuple):
     """What a function's code is: equal digests mean equal behaviour for equal values."""
 
     digest: str
@@ -489,8 +487,7 @@ def _type_text(annotation: Any) -> str:
 # -- the function asked for --------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Known:
+class _Known(NamedTuple):
     held: list[Any]  # the objects whose ids make the key; code objects weakly, so that this goes when they go
     reach: _Reach
     attrs: frozenset[str] | None

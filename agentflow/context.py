@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random as random_
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -11,21 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from agentflow import codec
 from agentflow.blocking import drive_blocking
-from agentflow.calls import PLAIN, Call, here
+from agentflow.calls import PLAIN, UNSET, Call, here
 from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
-from agentflow.events import wait_call
-from agentflow.human import decision_of
 from agentflow.index import Row, Slot
 from agentflow.journal import Add
-from agentflow.records import UNSET, StepRecord, moment
 from agentflow.run import Execution
 from agentflow.settings import log
 from agentflow.values import in_ident, once
 from agentflow.waits import PENDING, Wait
+from agentflow.words import moment
 
 if TYPE_CHECKING:
+    import uuid
     from logging import Logger, LoggerAdapter
+
+    from agentflow.records import StepRecord
 
 
 def view(row: Row, *, replayed: bool = False) -> StepRecord:
@@ -44,6 +43,8 @@ def view(row: Row, *, replayed: bool = False) -> StepRecord:
     elif head["kind"] in ("human", "event") and isinstance(output, dict):
         output = _came(output)
     failed = head.get("error")
+    from agentflow.records import StepRecord
+
     return StepRecord(
         name=head["name"],
         id=head["occ"],
@@ -68,7 +69,11 @@ def _came(outcome: dict[str, Any]) -> Any:
     """What a wait was given: the decision of a person, the payload of an event, None where its time was over."""
     if outcome.get("expired"):
         return None
-    return decision_of(outcome, codec.look) if "approved" in outcome else outcome.get("payload")
+    if "approved" not in outcome:
+        return outcome.get("payload")
+    from agentflow.human import decision_of
+
+    return decision_of(outcome, codec.look)
 
 
 class Steps:
@@ -136,11 +141,15 @@ class Context:
 
     def uuid4(self, name: str = "") -> uuid.UUID:
         """A random UUID; recorded, so that a restart reads the same."""
+        import uuid
+
         return self._value("uuid4", name, uuid.uuid4)  # type: ignore[no-any-return]
 
     def random(self, name: str = "") -> float:
         """A random number in [0, 1); recorded, so that a restart reads the same."""
-        return self._value("random", name, random_.random)  # type: ignore[no-any-return]
+        from random import random
+
+        return self._value("random", name, random)  # type: ignore[no-any-return]
 
     def sleep(self, duration: Duration) -> Any:
         """Wait; the end is recorded, so that neither a restart nor an edit elsewhere begins anew. ``await`` it.
@@ -184,6 +193,8 @@ class Context:
                 counts that was sent before its end, however late the run goes on. None: no end.
             default: returned when the time is over. Not given: ``EventTimeout`` is raised, a ``TimeoutError``.
         """
+        from agentflow.events import wait_call
+
         call = wait_call(self._ex, name, match, timeout, default)
         return drive_blocking(call) if self._blocking else call
 

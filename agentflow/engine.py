@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -53,10 +53,12 @@ from agentflow.errors import (
 from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
-from agentflow.records import ONCE, PlanStep, Retry
 from agentflow.reuse import Effect, doubt_rows, find, given_same, judge, like, located
 from agentflow.run import Attempts
 from agentflow.workers import in_flight
+
+if TYPE_CHECKING:
+    from agentflow.records import Retry
 
 Process = Generator[Effect, Any, Any]
 
@@ -125,6 +127,8 @@ def _supplied(call: Call, given: str) -> Process:
         return ex.deliver(call, row)
     text, value = codec.roundtrip(as_recorded(call, codec.decode(given)), where=f"results[{call.name!r}]")
     if ex.plan:
+        from agentflow.records import PlanStep
+
         ex.plan_steps.append(PlanStep(call.name, "reused", "its result is given"))
         return value if call.finish is None else call.finish(value)
     slot = ex.own_slot(call)
@@ -276,7 +280,6 @@ def _run(call: Call, again: int = 0) -> Process:
         row = judge(call, slot)
         if row is not None:
             return ex.deliver(call, row)
-    retry = options.retry or ONCE
     state = ex.attempts_of(call, slot)
     if state.started and call.wait is None:
         settled = yield from _in_doubt(call, slot, state)
@@ -318,7 +321,7 @@ def _run(call: Call, again: int = 0) -> Process:
             raise
         else:
             break
-        ended = ex.clock()
+        ended, retry = ex.clock(), options.retry or _once()
         if late := ex.late_result(call):
             text, value = late
             break
@@ -544,6 +547,13 @@ def _refuse_changes(call: Call, changed: Sequence[str]) -> None:
             ),
             call,
         )
+
+
+def _once() -> Retry:
+    """The policy of a step that has none."""
+    from agentflow.records import ONCE
+
+    return ONCE
 
 
 def _retries(retry: Retry, attempt: int, failure: Exception) -> bool:

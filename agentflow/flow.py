@@ -12,16 +12,14 @@ import contextvars
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import replace
 from decimal import Decimal
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from agentflow import budgets, closing, codec, cron, opening, rundocs, typecheck
+from agentflow import closing, codec, opening, rundocs, typecheck
 from agentflow.blocking import collect_blocking, drive_blocking, park_blocking
 from agentflow.calls import ON_CHANGE, Suspend, here
 from agentflow.childcalls import ChildCall
 from agentflow.context import Context
-from agentflow.cron import Schedule
 from agentflow.durations import Duration, seconds
 from agentflow.engine import over_budget
 from agentflow.errors import (
@@ -34,9 +32,11 @@ from agentflow.errors import (
     Waiting,
 )
 from agentflow.handles import Plan, Run, run_apart, single, stored_error, workflows
-from agentflow.records import PlanStep
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
+
+if TYPE_CHECKING:
+    from agentflow.cron import Schedule
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class Workflow(Generic[P, T]):
             raise UsageError(f"run_id={run_id!r} has to be text of 1 to 200 characters.")
         if fresh and names:
             raise UsageError("fresh=True begins a new run, which has nothing to rerun. Use one of them.")
-        limit = None if budget is None else budgets.amount(budget, "budget")
+        limit = None if budget is None else _dollars(budget, "budget")
         return self._copy(opening.RunOptions(run_id, fresh, names, wait, busy, limit))
 
     def _copy(self, options: opening.RunOptions) -> Workflow[P, T]:
@@ -232,6 +232,8 @@ class Workflow(Generic[P, T]):
         if isinstance(error, UsageError) and not ex.suspended:
             raise error
         if isinstance(error, Exception) and not ex.suspended:
+            from agentflow.records import PlanStep
+
             ex.plan_steps.append(PlanStep("(end)", "fails", f"{type(error).__name__}: {error}"))
 
     def get(self, run_id: str) -> Run:
@@ -250,7 +252,7 @@ class Workflow(Generic[P, T]):
         return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
 
     def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-        named = self._copy(replace(self._definition.options, run_id=document["id"], fresh=False))
+        named = self._copy(self._definition.options.but(run_id=document["id"], fresh=False))
         return named._run(self.accepted(codec.decode(document["input"])))
 
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +262,8 @@ class Workflow(Generic[P, T]):
     @property
     def tick_argument(self) -> str | None:
         """The parameter that gets the instant of a schedule's tick; None where there is none."""
+        from agentflow import cron
+
         return cron.argument(self._definition.signature, self.name)
 
     @property
@@ -583,7 +587,7 @@ def define(
         raise UsageError(f"workflow(execute={fn!r}): give an async function of (ctx, ...).")
     if on_change not in ON_CHANGE:
         raise UsageError(f"on_change={on_change!r} is none of {', '.join(map(repr, ON_CHANGE))}.")
-    most = None if budget is None else budgets.amount(budget, "workflow(budget=...)")
+    most = None if budget is None else _dollars(budget, "workflow(budget=...)")
     limit = seconds(timeout, what="workflow timeout")
     if limit == 0:
         raise UsageError("workflow(timeout=0) leaves no time at all. None waits without end.")
@@ -597,12 +601,26 @@ def define(
         on_change=on_change,
         run_id=run_id,
         blocking=blocking,
-        schedule=cron.parsed(schedule, timezone, catch_up),
+        schedule=_schedule(schedule, timezone, catch_up),
     )
     if made.schedule is not None and (argument := made.tick_argument) is not None:
         typecheck.annotated(fn, made.name, argument, made.schedule.local(_A_TICK))
     workflows[made.name] = made
     return made
+
+
+def _dollars(value: Any, where: str) -> Decimal:
+    from agentflow.budgets import amount
+
+    return amount(value, where)
+
+
+def _schedule(schedule: Any, timezone: Any, catch_up: Any) -> Schedule | None:
+    if (schedule, timezone, catch_up) == (None, None, "latest"):
+        return None
+    from agentflow.cron import parsed
+
+    return parsed(schedule, timezone, catch_up)
 
 
 def known(name: str) -> Workflow[..., Any] | None:

@@ -10,14 +10,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, control, redo, rundocs
+from agentflow import codec, rundocs
 from agentflow.calls import here
 from agentflow.context import view
 from agentflow.errors import AgentflowError, RunCancelled, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
-from agentflow.records import PlanStep, StepRecord, moment
+from agentflow.words import moment
 
 if TYPE_CHECKING:
+    from agentflow.records import PlanStep, StepRecord
     from agentflow.rundiff import RunDiff
 
 # The workflows defined in this process, by name: a run finds its code here when it is awaited.
@@ -153,9 +154,9 @@ class Run:
         Raises:
             UsageError: it has completed or failed.
         """
-        self._document = control.cancel(self._journal, self.id, compensate=compensate)
-        from agentflow import leftover
+        from agentflow import control, leftover
 
+        self._document = control.cancel(self._journal, self.id, compensate=compensate)
         leftover.cancel(self._journal, self.id)
         if compensate and self._workflow is not None and self.status != "cancelled":
             with contextlib.suppress(RunCancelled):
@@ -192,6 +193,8 @@ class Run:
             RunBusy: a process is running it.
             RunCancelled: it was cancelled.
         """
+        from agentflow import redo
+
         self._document = redo.retry(self._journal, self._document, from_step, results)
         return self
 
@@ -212,6 +215,8 @@ class Run:
         Raises:
             UsageError: no such step, or an input that the workflow does not take.
         """
+        from agentflow import redo
+
         arguments = None
         if input is not _UNSET:
             flow = self._workflow

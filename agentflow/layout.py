@@ -12,8 +12,8 @@ import json
 import os
 import sqlite3
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from agentflow.errors import JournalError, JournalForeign, JournalIncomplete, JournalReadOnly, JournalVersionError
 from agentflow.store import DB_NAME
@@ -44,8 +44,7 @@ _MAPPABLE = {"ext2", "ext3", "ext4", "xfs", "tmpfs"}
 _OWN = (SIBLING, ".gitignore", ".DS_Store", "started")
 
 
-@dataclass(frozen=True)
-class Sibling:
+class Sibling(NamedTuple):
     """``journal.json``: the store it belongs to, and how many commits that store has at least."""
 
     store: str

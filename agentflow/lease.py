@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import platform
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -24,10 +23,10 @@ from typing import Any
 from agentflow.durations import words
 from agentflow.errors import LeaseLost, RunBusy
 from agentflow.journal import Fence, Journal, Op, Txn
+from agentflow.plain import Plain
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(Plain):
     """The process that holds, or last held, a lease.
 
     Attributes:
@@ -39,15 +38,29 @@ class Owner:
         released: given back; nobody holds it.
     """
 
-    token: int
-    pid: int
-    start: str
-    host: str
-    boot: str
-    owner: str
-    since: float
-    expires: float
-    released: bool = False
+    __slots__ = ("token", "pid", "start", "host", "boot", "owner", "since", "expires", "released")  # noqa: RUF023
+
+    def __init__(
+        self,
+        token: int,
+        pid: int,
+        start: str,
+        host: str,
+        boot: str,
+        owner: str,
+        since: float,
+        expires: float,
+        released: bool = False,
+    ) -> None:
+        self.token = token
+        self.pid = pid
+        self.start = start
+        self.host = host
+        self.boot = boot
+        self.owner = owner
+        self.since = since
+        self.expires = expires
+        self.released = released
 
     def as_dict(self) -> dict[str, Any]:
         """For people and JSON: pid, host, since (aware UTC datetime), and the rest."""
@@ -113,7 +126,7 @@ def _start_of(pid: int) -> str | None:
 @cache
 def _myself() -> tuple[int, str, str, str, str]:
     pid = os.getpid()
-    return pid, _start_of(pid) or "", socket.gethostname(), _boot(), os.urandom(16).hex()
+    return pid, _start_of(pid) or "", platform.node(), _boot(), os.urandom(16).hex()
 
 
 def alive(owner: Owner, *, now: float | None = None) -> bool:
@@ -211,17 +224,14 @@ class Lease:
                 raise
             return
         txn.apply(ops)
-        row = self._row
-        values = {name: getattr(row, name) for name in Owner.__slots__}
-        txn.put(self.key, _dump(Owner(**{**values, "released": True})))
+        txn.put(self.key, _dump(self._row.but(released=True)))
 
     def _renew(self, txn: Txn, expires: float) -> bool:
         try:
             txn.check(self.fence)
         except LeaseLost:
             return False
-        values = {name: getattr(self._row, name) for name in Owner.__slots__}
-        txn.put(self.key, _dump(Owner(**{**values, "expires": expires})))
+        txn.put(self.key, _dump(self._row.but(expires=expires)))
         return True
 
 

@@ -100,7 +100,8 @@ async def settle(journal: Journal, run_id: str) -> bool:
     lease = acquire(journal, f"lease-{note}", what=f"what run {run_id} has left at its providers", run_id=run_id)
     done = False
     try:
-        ex = Execution(journal, run_id, document["workflow"], drive, fence=lease.fence)
+        ex = Execution(journal, run_id, document["workflow"], drive)
+        ex.fence = lease.fence
         calls = await _calls(ex)
         done = await batches.Batches(ex).leave() and calls
     finally:

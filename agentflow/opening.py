@@ -9,13 +9,11 @@ import inspect
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agentflow import codec, human, rundocs, typecheck
-from agentflow.budgets import RunBudget
-from agentflow.calls import Suspend
+from agentflow import codec, rundocs, typecheck
+from agentflow.calls import Call, Suspend
 from agentflow.capture import data_digest
 from agentflow.childcalls import ChildCall
 from agentflow.children import note_caller
@@ -29,37 +27,68 @@ from agentflow.handles import stored_error
 from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
+from agentflow.plain import Plain
 from agentflow.run import Execution
 from agentflow.scratch import driver, open_journal
 from agentflow.settings import log, now, only_looking, settings
+from agentflow.waits import Wait
+
+if TYPE_CHECKING:
+    from agentflow.budgets import RunBudget
 
 # The runs that this process executes; those that have ended are in it until they are collected.
 executing: weakref.WeakSet[Execution] = weakref.WeakSet()
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    run_id: str | None = None
-    fresh: bool = False
-    rerun: tuple[str, ...] = ()
-    wait: bool = False
-    busy: str = "raise"
-    budget: Decimal | None = None
+class RunOptions(Plain):
+    """What ``options(...)`` of a workflow says of its next runs."""
+
+    __slots__ = ("budget", "busy", "fresh", "rerun", "run_id", "wait")
+
+    def __init__(
+        self,
+        run_id: str | None = None,
+        fresh: bool = False,
+        rerun: tuple[str, ...] = (),
+        wait: bool = False,
+        busy: str = "raise",
+        budget: Decimal | None = None,
+    ) -> None:
+        self.run_id = run_id
+        self.fresh = fresh
+        self.rerun = rerun
+        self.wait = wait
+        self.busy = busy
+        self.budget = budget
 
 
-@dataclass(frozen=True, slots=True)
 class Definition:
     """A workflow as its runs need it: the function, its name and signature, and the options of the next runs."""
 
-    fn: Callable[..., Any]
-    name: str
-    budget: Decimal | None
-    on_change: str
-    run_id: Callable[..., str] | None
-    blocking: bool
-    signature: inspect.Signature
-    options: RunOptions
-    timeout: float | None = None
+    __slots__ = ("blocking", "budget", "fn", "name", "on_change", "options", "run_id", "signature", "timeout")
+
+    def __init__(
+        self,
+        *,
+        fn: Callable[..., Any],
+        name: str,
+        budget: Decimal | None,
+        on_change: str,
+        run_id: Callable[..., str] | None,
+        blocking: bool,
+        signature: inspect.Signature,
+        options: RunOptions,
+        timeout: float | None,
+    ) -> None:
+        self.fn = fn
+        self.name = name
+        self.budget = budget
+        self.on_change = on_change
+        self.run_id = run_id
+        self.blocking = blocking
+        self.signature = signature
+        self.options = options
+        self.timeout = timeout
 
 
 class Opened:
@@ -281,7 +310,7 @@ def execution(
     prior: str | None,
 ) -> Execution:
     ex = Execution(journal, run_id, flow.name, driver, on_change=flow.on_change)
-    ex.ask = human.ask_in_doubt
+    ex.ask = _ask_in_doubt
     ex.stay = flow.options.wait
     if ex.stay:
         from agentflow import terminal
@@ -300,6 +329,12 @@ def execution(
     return ex
 
 
+def _ask_in_doubt(call: Call) -> Wait:
+    from agentflow import human
+
+    return human.ask_in_doubt(call)
+
+
 def note_budget(flow: Definition, document: dict[str, Any]) -> None:
     """A budget that was given for this run alone stays with it, whoever resumes it."""
     if flow.options.budget is not None:
@@ -311,6 +346,8 @@ def _budget(flow: Definition, document: dict[str, Any]) -> RunBudget | None:
     limit = flow.budget if own is None else Decimal(own)
     if limit is None:
         return None
+    from agentflow.budgets import RunBudget
+
     # A clock that was injected says nothing about when the run was created.
     return RunBudget(document["id"], limit, document["created_at"] - 60 if settings.clock is None else None)
 

@@ -10,7 +10,6 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from agentflow.calls import Call, Current, Here, current_task, here
@@ -18,30 +17,32 @@ from agentflow.index import BRANCH, GIVEN, NS, PRED, Records, Slot, short
 from agentflow.journal import Journal
 
 
-@dataclass(eq=False, repr=False)
 class Places:
     """The branches of one execution of a run, and what of its records they have claimed."""
 
-    journal: Journal
-    run_id: str
-    workflow: str
-    driver: Callable[[Call], Any]
-    scratch: bool = False
-    asked: int = 0
-    undoing: bool = False
-    records: Records = field(init=False)
-    root: Here = field(init=False)
-    tasks: dict[Any, str] = field(default_factory=dict)
-    naming: str | None = None
-    left_branches: list[tuple[str, str]] = field(default_factory=list)
-    _ns: dict[tuple[str, str], str] = field(default_factory=dict)
-    _asks: dict[str, int] = field(default_factory=dict)
-    _ids: dict[str, set[str]] = field(default_factory=dict)
-    _live_branches: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
-    _patient: Counter[str] = field(default_factory=Counter)
-    _waited_for: set[str] = field(default_factory=set)
-    _labels: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    _cell: Any = None
+    def __init__(
+        self, journal: Journal, run_id: str, workflow: str, driver: Callable[[Call], Any], scratch: bool = False
+    ) -> None:
+        self.journal = journal
+        self.run_id = run_id
+        self.workflow = workflow
+        self.driver = driver
+        self.scratch = scratch
+        self.asked = 0
+        self.undoing = False
+        self.records = Records(journal, run_id)
+        self.root = Here(self, "", "0", "", "", None, None)  # type: ignore[arg-type]
+        self.tasks: dict[Any, str] = {}
+        self.naming: str | None = None
+        self.left_branches: list[tuple[str, str]] = []
+        self._ns: dict[tuple[str, str], str] = {}
+        self._asks: dict[str, int] = {}
+        self._ids: dict[str, set[str]] = {}
+        self._live_branches: dict[str, set[tuple[str, str]]] = {}
+        self._patient: Counter[str] = Counter()
+        self._waited_for: set[str] = set()
+        self._labels: dict[tuple[str, str, str], int] = {}
+        self._cell: Any = None
 
     def locate(self, call: Call, given: str, inside: str | None = None) -> None:
         """Fix ident and place of a call at the moment it is made, and claim an exact record.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
+from agentflow.calls import UNSET as UNSET
 from agentflow.durations import Duration, seconds
 from agentflow.errors import UsageError
+from agentflow.words import moment as moment
+from agentflow.words import money as money
 
 _BACKOFFS = ("exponential", "linear", "fixed")
 _SPELLINGS = {
@@ -160,9 +163,6 @@ class StepRecord:
         return (self.completed_at - self.started_at).total_seconds()
 
 
-UNSET: Any = object()
-
-
 @dataclass(frozen=True, slots=True)
 class Escalate:
     """``human_task(on_timeout=Escalate("director", timeout="1d"))``: if nobody answers in time, somebody else is asked.
@@ -215,11 +215,6 @@ class HumanTask:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def moment(epoch: float | None) -> datetime | None:
-    """An aware UTC datetime from seconds since 1970."""
-    return None if epoch is None else datetime.fromtimestamp(epoch, UTC)
-
-
 @dataclass(slots=True)
 class PlanStep:
     """One line of a plan.
@@ -242,14 +237,3 @@ class PlanStep:
     diff: str = ""
     cost: Decimal | None = None
     tokens: Any = None
-
-
-def money(dollars: Decimal | None) -> str:
-    """Dollars for people: four decimals below ten dollars, two above.
-
-    >>> money(Decimal("0.00213")), money(Decimal(12)), money(None)
-    ('$0.0021', '$12.00', 'unknown')
-    """
-    if dollars is None:
-        return "unknown"
-    return f"${dollars:.4f}" if abs(dollars) < 10 else f"${dollars:.2f}"

@@ -159,10 +159,10 @@ def _parts(call: Call, head: dict[str, Any]) -> str:
 
 def given_same(call: Call, row: Row) -> bool:
     """Whether a record was given the same, but for what its step changed itself."""
-    from agentflow.compare import differences
-
     if row.head["given"] == call.digest:
         return True
+    from agentflow.compare import differences
+
     changed = tuple(row.head.get("vol", ()))
     return bool(changed and row.given and call.given and not differences(row.given, call.given, ignore=changed))
 
@@ -236,11 +236,11 @@ def doubt_rows(call: Call, slot: Slot, attempt: int, order: list[int]) -> list[A
 
 def _started_before(call: Call) -> Slot | None:
     """A call that was in flight and differs only by accidents of the moment: this is the same call, and in doubt."""
-    from agentflow.compare import differences
-
     ex = call.ex
     if call.options.in_doubt == "rerun" or ex.prior is None or ex.scratch or not _MOMENT.search(call.given):
         return None
+    from agentflow.compare import differences
+
     prefix, others = f"dg/{ex.key}/", ex.siblings(call)
     for key, text in ex.journal.scan(prefix):
         row, number = Row(key, text), key[len(prefix) :]

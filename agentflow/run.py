@@ -10,22 +10,25 @@ import itertools
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from agentflow import codec, costs
-from agentflow.budgets import RunBudget
-from agentflow.calls import Call, Current, Here, here
+from agentflow.calls import Call, Current, here
 from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeout
-from agentflow.index import NS, Records, Row, Slot, in_key
-from agentflow.journal import Add, Drop, Fence, Op
+from agentflow.index import NS, Row, Slot, in_key
+from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me, lease_seconds
 from agentflow.places import Places
-from agentflow.records import PlanStep, moment
 from agentflow.settings import log, now
+from agentflow.words import moment
+
+if TYPE_CHECKING:
+    from agentflow.budgets import RunBudget
+    from agentflow.records import PlanStep
 
 _UUID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{4}-?4[0-9a-f]{3}-?[89ab][0-9a-f]{3}-?[0-9a-f]{12}", re.IGNORECASE)
 PROCESS_START = time.time()
@@ -35,107 +38,114 @@ def _plain(found: str) -> str:
     return found.replace("-", "").lower()
 
 
-@dataclass(slots=True)
 class Attempts:
     """What is known of a step that has no record yet."""
 
-    failed: int = 0
-    sample: int = 0
-    since: float | None = None
-    started: bool = False
-    doubts: int = 0
-    paid: bool = False
+    __slots__ = ("doubts", "failed", "paid", "sample", "since", "started")
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.sample = 0
+        self.since: float | None = None
+        self.started = False
+        self.doubts = 0
+        self.paid = False
 
 
-@dataclass(slots=True)
 class Totals:
     """Counts of one execution; money in dollars."""
 
-    replayed: int = 0
-    ran: int = 0
-    failed: int = 0
-    paid: Decimal = Decimal(0)
-    saved: Decimal = Decimal(0)
-    unpriced: int = 0
-    doubts: int = 0
+    __slots__ = ("doubts", "failed", "paid", "ran", "replayed", "saved", "unpriced")
+
+    def __init__(self) -> None:
+        self.replayed = 0
+        self.ran = 0
+        self.failed = 0
+        self.paid = Decimal(0)
+        self.saved = Decimal(0)
+        self.unpriced = 0
+        self.doubts = 0
 
 
-@dataclass(eq=False, repr=False)
 class Execution(Places):
     """The state of one run while this process executes it."""
 
-    on_change: str = "auto"
-    plan: bool = False
-    fence: Fence | None = None
-    lease: Any = None
-    number: int = 1
-    retried: list[int] = field(default_factory=list)
-    prior: str | None = None
-    budget: RunBudget | None = None
-    around: Execution | None = None
-    same_code: bool = False
-    input_text: str = ""
-    stay: bool = False
-    suspended: bool = False
-    halted: bool = False
-    closed: bool = False
-    stopping: bool = False
-    deadline: float | None = None
-    timed_out: bool = False
-    cancelling: bool = False
-    cancelled: bool = False
-    ask: Any = None
-    terminal: Any = None
-    session: float = field(default_factory=time.time)
-    totals: Totals = field(default_factory=Totals)
-    saved_by: dict[tuple[str, str], Decimal] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    plan_steps: list[PlanStep] = field(default_factory=list)
-    compensations: list[tuple[Call, Slot | None, Any]] = field(default_factory=list)
-    collecting: bool = False
-    abandoned: set[Any] = field(default_factory=set)
-    key: str = field(init=False)
-    marks: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    around_tasks: dict[Any, Current] = field(default_factory=dict)  # the attempt that has started each task
-    parked: dict[Any, Any] = field(default_factory=dict)
-    stragglers: set[Any] = field(default_factory=set)
-    paying: dict[Any, Call] = field(default_factory=dict)
-    threads: int = 0
-    going: int = 1
-    turn: threading.Condition = field(default_factory=threading.Condition)
-    held_up: dict[Any, Any] = field(default_factory=dict)
-    seen: dict[str, list[Slot]] = field(default_factory=dict)
-    live: set[str] = field(default_factory=set)
-    pending: set[str] = field(default_factory=set)
-    not_awaited: list[str] = field(default_factory=list)
-    undo_failed: bool = False
-    waits: list[Any] = field(default_factory=list)
-    asked_tasks: set[str] = field(default_factory=set)
-    results: dict[str, str] = field(default_factory=dict)
-    results_used: set[str] = field(default_factory=set)
-    unstarted: list[str] = field(default_factory=list)
-    batches: Any = None
-    counted: dict[str, Any] = field(default_factory=dict)  # replies: the attempt their cost is counted for
-    loop: Any = None
-    watcher: Any = None
-    watch: Any = None
-    _orders: Any = field(default_factory=itertools.count)
-    _codes: set[str] = field(default_factory=set)
-    _said: set[str] = field(default_factory=set)
-    _shown: set[Slot] = field(default_factory=set)
-    _missed: dict[str, str] = field(default_factory=dict)
-    _uuids: dict[str, list[int]] | None = None
-    _starts: list[tuple[str, list[int]]] | None = None
-    _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    _held: float = field(default_factory=time.time)
-    _prompts: dict[int, dict[str, str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.key = in_key(self.run_id)
-        self.records = Records(self.journal, self.run_id)
-        self.root = Here(self, "", "0", "", "", None, None)
-        if self.scratch:
-            self.session = PROCESS_START
+    def __init__(
+        self,
+        journal: Journal,
+        run_id: str,
+        workflow: str,
+        driver: Callable[[Call], Any],
+        *,
+        on_change: str = "auto",
+        scratch: bool = False,
+    ) -> None:
+        super().__init__(journal, run_id, workflow, driver, scratch)
+        self.on_change = on_change
+        self.plan = False
+        self.fence: Fence | None = None
+        self.lease: Any = None
+        self.number = 1
+        self.retried: list[int] = []
+        self.prior: str | None = None
+        self.budget: RunBudget | None = None
+        self.around: Execution | None = None
+        self.same_code = False
+        self.input_text = ""
+        self.stay = False
+        self.suspended = False
+        self.halted = False
+        self.closed = False
+        self.stopping = False
+        self.deadline: float | None = None
+        self.timed_out = False
+        self.cancelling = False
+        self.cancelled = False
+        self.ask: Any = None
+        self.terminal: Any = None
+        self.session = PROCESS_START if scratch else time.time()
+        self.totals = Totals()
+        self.saved_by: dict[tuple[str, str], Decimal] = {}
+        self.warnings: list[str] = []
+        self.plan_steps: list[PlanStep] = []
+        self.compensations: list[tuple[Call, Slot | None, Any]] = []
+        self.collecting = False
+        self.abandoned: set[Any] = set()
+        self.key = in_key(run_id)
+        self.marks: dict[str, tuple[int, int, int]] = {}
+        self.around_tasks: dict[Any, Current] = {}  # the attempt that has started each task
+        self.parked: dict[Any, Any] = {}
+        self.stragglers: set[Any] = set()
+        self.paying: dict[Any, Call] = {}
+        self.threads = 0
+        self.going = 1
+        self.turn = threading.Condition()
+        self.held_up: dict[Any, Any] = {}
+        self.seen: dict[str, list[Slot]] = {}
+        self.live: set[str] = set()
+        self.pending: set[str] = set()
+        self.not_awaited: list[str] = []
+        self.undo_failed = False
+        self.waits: list[Any] = []
+        self.asked_tasks: set[str] = set()
+        self.results: dict[str, str] = {}
+        self.results_used: set[str] = set()
+        self.unstarted: list[str] = []
+        self.batches: Any = None
+        self.counted: dict[str, Any] = {}  # replies: the attempt their cost is counted for
+        self.loop: Any = None
+        self.watcher: Any = None
+        self.watch: Any = None
+        self._orders = itertools.count()
+        self._codes: set[str] = set()
+        self._said: set[str] = set()
+        self._shown: set[Slot] = set()
+        self._missed: dict[str, str] = {}
+        self._uuids: dict[str, list[int]] | None = None
+        self._starts: list[tuple[str, list[int]]] | None = None
+        self._late: dict[str, tuple[str, Any]] = {}
+        self._held = time.time()
+        self._prompts: dict[int, dict[str, str]] = {}
 
     def within(self) -> list[Execution]:
         """The runs in whose bodies or steps this one was started, the nearest first."""
@@ -249,6 +259,8 @@ class Execution(Places):
                 outer.spent(split)
                 outer = outer.parent
         if self.plan:
+            from agentflow.records import PlanStep
+
             self.plan_steps.append(PlanStep(call.name, "reused"))
         if head["status"] == "failed":
             raise self.failure(call, head, replayed=True)

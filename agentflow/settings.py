@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,20 @@ from agentflow.errors import UsageError
 from agentflow.voice import log as log
 
 
-@dataclass(slots=True)
 class Settings:
     """The values ``configure`` has set; None means the default."""
 
-    path: Path | None = None
-    model: str | None = None
-    notify: Callable[[Any], object] | None = None
-    authorize: Callable[[Any, str | None], bool] | None = None
-    ask: bool = True
-    clock: Callable[[], float] | None = None
-    budget: Any = None  # a budgets.Period
-    looking: bool = False  # a command imports the user's module to look at it: nothing may be run
+    __slots__ = ("ask", "authorize", "budget", "clock", "looking", "model", "notify", "path")
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.model: str | None = None
+        self.notify: Callable[[Any], object] | None = None
+        self.authorize: Callable[[Any, str | None], bool] | None = None
+        self.ask = True
+        self.clock: Callable[[], float] | None = None
+        self.budget: Any = None  # a budgets.Period
+        self.looking = False  # a command imports the user's module to look at it: nothing may be run
 
 
 def only_looking() -> None:

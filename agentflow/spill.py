@@ -11,7 +11,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from agentflow.errors import LeaseLost
@@ -19,11 +18,13 @@ from agentflow.store import Add, Drop, Fence, Op, Put, Txn
 from agentflow.voice import log
 
 
-@dataclass(eq=False, slots=True)
 class _Entry:
-    ops: Sequence[Op]
-    fence: Fence | None
-    file: Path | None
+    __slots__ = ("fence", "file", "ops")
+
+    def __init__(self, ops: Sequence[Op], fence: Fence | None, file: Path | None) -> None:
+        self.ops = ops
+        self.fence = fence
+        self.file = file
 
 
 class Spill:

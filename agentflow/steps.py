@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import types
+import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 import orjson
 
@@ -16,8 +16,10 @@ from agentflow.codedigest import code_of
 from agentflow.durations import Duration, seconds
 from agentflow.errors import UsageError
 from agentflow.index import short
-from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
+
+if TYPE_CHECKING:
+    from agentflow.records import Retry
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,6 +63,8 @@ def options_of(given: Mapping[str, Any], where: str) -> Options:
             )
     values = {name: value for name, value in given.items() if value is not None}
     if "retry" in values:
+        from agentflow.records import retry_of
+
         values["retry"] = retry_of(values["retry"])
     for name in ("timeout", "max_age"):
         if name in values:
@@ -265,26 +269,15 @@ def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any
     return entry(name, fn, args, options, _awaited)
 
 
-def _as_shown(  # type: ignore[no-untyped-def]
-    name,
-    fn=None,
-    /,
-    *args,
-    retry=None,
-    timeout=None,
-    idempotency_key=None,
-    compensate=None,
-    effect=False,
-    secret=False,
-    on_change=None,
-    in_doubt="rerun",
-    max_age=None,
-    thread=True,
-):
-    """What help() and editors show of ``step``: the options by name, though an unknown one is answered with a hint."""
-
-
-step.__wrapped__ = _as_shown  # type: ignore[attr-defined]
+# What help() and editors show: the options by name, though an unknown one is answered with a hint.
+step.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("name", inspect.Parameter.POSITIONAL_ONLY),
+        inspect.Parameter("fn", inspect.Parameter.POSITIONAL_ONLY, default=None),
+        inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+        *(inspect.Parameter(o, inspect.Parameter.KEYWORD_ONLY, default=getattr(PLAIN, o)) for o in _OPTIONS),
+    ]
+)
 
 
 def entry(name: Any, fn: Any, args: tuple[Any, ...], options: dict[str, Any], start: Callable[[Call], Any]) -> Any:
@@ -294,7 +287,7 @@ def entry(name: Any, fn: Any, args: tuple[Any, ...], options: dict[str, Any], st
             raise UsageError('A step needs a name: step("fetch", fn, ...).')
         if isinstance(name, str) or name is None:
             return Decorating(name, options_of(options, f"step {name!r}"), start)
-        if callable(name) and not options and not isinstance(name, types.CoroutineType):
+        if callable(name) and not options and not inspect.iscoroutine(name):
             return Decorating(None, PLAIN, start)(name)
     if fn is None:
         raise UsageError(f'step({name!r}, ...): give a name and a function: step("fetch", fetch, url).')

@@ -6,7 +6,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from agentflow.errors import (
@@ -17,42 +16,51 @@ from agentflow.errors import (
     JournalReadOnly,
     LeaseLost,
 )
+from agentflow.plain import Plain
 
 DB_NAME = "cache.db"
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(Plain):
     """Record ``value`` under ``key`` unless the key is taken: the first one wins."""
 
-    key: str
-    value: str
+    __slots__ = ("key", "value")
+
+    def __init__(self, key: str, value: str) -> None:
+        self.key = key
+        self.value = value
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(Plain):
     """Write ``value`` under ``key``, replacing what was there (for documents that change)."""
 
-    key: str
-    value: str
+    __slots__ = ("key", "value")
+
+    def __init__(self, key: str, value: str) -> None:
+        self.key = key
+        self.value = value
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(Plain):
     """Remove ``key``; nothing happens when it is not there."""
 
-    key: str
+    __slots__ = ("key",)
+
+    def __init__(self, key: str) -> None:
+        self.key = key
 
 
 Op = Add | Put | Drop
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(Plain):
     """A commit carrying it is refused with LeaseLost unless lease row ``key`` still has this ``token``."""
 
-    key: str
-    token: int
+    __slots__ = ("key", "token")
+
+    def __init__(self, key: str, token: int) -> None:
+        self.key = key
+        self.token = token
 
 
 _GET = "SELECT mode, value FROM Cache WHERE key = ? AND raw = 1"

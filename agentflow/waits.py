@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from types import GeneratorType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from agentflow.calls import Call, Current, Here, current_task
@@ -33,11 +32,6 @@ class Wait:
         self.info = info
         self.due = due
         self.more = more
-
-
-def is_awaitable(value: Any) -> bool:
-    """``inspect.isawaitable``; that module is not worth its import to a program of plain code."""
-    return isinstance(value, Awaitable) or (isinstance(value, GeneratorType) and bool(value.gi_code.co_flags & 0x100))
 
 
 def pauses(call: Call) -> Iterator[float]:

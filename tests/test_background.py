@@ -612,7 +612,7 @@ def _until(holds: Callable[[], bool]) -> None:
 def test_a_call_in_the_background_is_set_aside_once_and_its_reply_is_never_refused_by_the_budget(
     server: Loopback,
 ) -> None:
-    from agentflow import costs
+    from agentflow import costlines
     from agentflow.scratch import open_journal
 
     limit, patience = "0.01", [0.05]
@@ -632,5 +632,5 @@ def test_a_call_in_the_background_is_set_aside_once_and_its_reply_is_never_refus
     ends_now(server)
     assert flow.run_sync() == answer_to("Hi")
     assert len(server.arrived) == 1 and list(journal.scan("lr/")) == []
-    (line,) = costs.summary(journal)
+    (line,) = costlines.summary(journal)
     assert line.calls == 1 and line.in_doubt == 0 and line.paid == flow.runs()[0].cost

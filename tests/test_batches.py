@@ -673,7 +673,7 @@ def test_foreign_batch_of_the_same_size_is_not_taken_for_ones_own(server: Loopba
 async def test_batch_is_set_aside_in_the_budget_while_it_is_under_way_and_has_its_rows_in_the_ledger(
     server: Loopback, model: str, journal: Any
 ) -> None:
-    from agentflow import costs
+    from agentflow import costlines
 
     fan = fan_out(model, 4, max_tokens=1000)
     with pytest.raises(BudgetExceeded, match="a batch of 4 requests"):
@@ -687,7 +687,7 @@ async def test_batch_is_set_aside_in_the_budget_while_it_is_under_way_and_has_it
     assert at_most > 0 and created(server) == 1
     assert await fan.run() == [answer_to(f"Hi {n}") for n in range(4)]
     assert list(journal.scan("lr/")) == []
-    (line,) = costs.summary(journal)
+    (line,) = costlines.summary(journal)
     assert (line.calls, line.in_doubt, line.paid) == (4, 0, runs.list()[0].cost)
     assert 0 < line.paid < at_most
 

@@ -18,7 +18,18 @@ import orjson
 import pytest
 
 import agentflow
-from agentflow import BudgetExceeded, budgets, costs, generate_content, lease, ledger, parallel, step, sync, workflow
+from agentflow import (
+    BudgetExceeded,
+    budgets,
+    costlines,
+    generate_content,
+    lease,
+    ledger,
+    parallel,
+    step,
+    sync,
+    workflow,
+)
 from agentflow.errors import UsageError
 from agentflow.journal import Add, Journal
 from agentflow.line import Line
@@ -80,7 +91,7 @@ async def test_a_fan_out_never_exceeds_its_budget_and_goes_on_with_a_higher_one(
     assert 10 < first < 50
     (stopped,) = fan.runs()
     assert stopped.status == "interrupted" and str(stopped.error).startswith("BudgetExceeded: ")
-    assert stopped.cost == costs.summary(journal)[0].paid == till.charged, "what was in flight was waited for"
+    assert stopped.cost == costlines.summary(journal)[0].paid == till.charged, "what was in flight was waited for"
 
     with pytest.raises(BudgetExceeded):
         await fan.run()
@@ -94,7 +105,7 @@ async def test_a_fan_out_never_exceeds_its_budget_and_goes_on_with_a_higher_one(
     assert len(till.arrived) == len({event["digest"] for event in till.arrived}) == 50, "nothing was paid twice"
     (done,) = fan.runs()
     assert done.status == "completed" and done.error is None and done.cost == till.charged
-    assert costs.summary(journal)[0].in_doubt == 0
+    assert costlines.summary(journal)[0].in_doubt == 0
 
 
 async def test_without_max_tokens_an_answer_of_two_thousand_tokens_is_assumed(till: Till) -> None:
@@ -322,14 +333,14 @@ def test_what_was_paid_before_a_kill_and_what_was_in_flight_still_count_after_it
         process = start_program(program, tmp_path, "0.06", env=server.environment)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL and len(server.arrived) == 3
-        line = costs.summary(Journal.open(tmp_path / "journal"))[0]
+        line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
         assert line.calls == 2 and line.in_doubt == 1
         ended = run_program(program, tmp_path, "0.06", env=server.environment, expect_failure=True)
         assert "BudgetExceeded" in ended.err and server.charged <= Decimal("0.06")
         sent = len(server.arrived)
         assert run_program(program, tmp_path, "1.00", env=server.environment).out == "6\n"
         assert len(server.arrived) == 7 and sent < 7, "six calls, and the one in doubt again"
-    line = costs.summary(Journal.open(tmp_path / "journal"))[0]
+    line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
     assert line.calls == 6 and line.in_doubt == 1
     assert line.paid is not None and line.in_doubt_at_most is not None
     assert line.paid + line.in_doubt_at_most >= server.charged
@@ -404,7 +415,7 @@ def test_processes_that_run_at_once_share_the_budget_of_the_day(tmp_path: Path) 
         errors = [process.communicate(timeout=120)[1] for process in started]
     assert all("BudgetExceeded" in error for error in errors), errors
     assert Decimal("0.15") < server.charged <= Decimal("0.20")
-    line = costs.summary(Journal.open(tmp_path / "journal"))[0]
+    line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
     assert line.paid == server.charged and line.in_doubt == 0
 
 
@@ -462,7 +473,7 @@ async def test_a_reply_of_unknown_price_takes_all_that_was_set_aside_for_it(
         with pytest.raises(BudgetExceeded) as caught:
             await no_usage.run()
         assert caught.value.spent == caught.value.needed
-    line = costs.summary(journal)[0]
+    line = costlines.summary(journal)[0]
     assert (line.calls, line.unknown, line.paid) == (1, 1, None)
 
 

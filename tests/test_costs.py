@@ -15,7 +15,7 @@ import orjson
 import pytest
 from pydantic import BaseModel
 
-from agentflow import costs, embed, generate_content, ledger, step, workflow
+from agentflow import costlines, costs, embed, generate_content, ledger, step, workflow
 from agentflow.cli.app import run
 from agentflow.errors import InvalidReply, ModelError
 from agentflow.journal import Journal
@@ -132,7 +132,7 @@ async def test_amounts_are_exact_decimals_and_the_price_stands_beside_each_call(
         exact = (facts["in"] * Decimal("0.1") + facts["out"] * Decimal("0.3")) / 1_000_000
         assert Decimal(facts["cost"]) == exact
     ledger.set_price("first", 1000, 1000)
-    line = costs.summary(journal)[0]
+    line = costlines.summary(journal)[0]
     assert line.paid == sum(Decimal(facts["cost"]) for facts in rows(journal)) == dollars(journal)
 
 
@@ -185,11 +185,11 @@ async def test_what_failed_attempts_paid_is_wasted_until_it_is_of_use(
     with FakeModel(['{"wrong": "not a number"}']):
         with pytest.raises(InvalidReply):
             await parse.run()
-        assert costs.summary(journal)[0].wasted == dollars(journal) > 0
+        assert costlines.summary(journal)[0].wasted == dollars(journal) > 0
         again()
         kind[0] = Word
         assert await parse.run() == Word(wrong="not a number")
-    line = costs.summary(journal)[0]
+    line = costlines.summary(journal)[0]
     assert line.calls == 1 and line.wasted == 0 and line.paid == dollars(journal)
 
 
@@ -210,7 +210,7 @@ async def test_a_retry_that_asks_anew_wastes_what_the_attempt_before_had_paid_in
     with FakeModel(["first " * 20, "second"]):
         assert await flow.run() == "second"
     first, second = (Decimal(orjson.loads(text)["cost"]) for _, text in journal.scan("m/"))
-    line = costs.summary(journal)[0]
+    line = costlines.summary(journal)[0]
     assert line.paid == first + second and line.wasted == max(first, second)
 
 
@@ -235,7 +235,7 @@ async def test_a_step_that_failed_for_good_has_not_wasted_the_calls_that_it_will
         works.set()
         again()
         assert await flow.run() == "answer"
-    line = costs.summary(journal)[0]
+    line = costlines.summary(journal)[0]
     assert line.calls == 1 and line.wasted == 0
 
 
@@ -269,7 +269,7 @@ def test_a_call_in_flight_at_a_kill_is_in_doubt_with_what_it_may_have_cost(tmp_p
         run_program(program, tmp_path, env=server.environment)
         run_program(program, tmp_path, env=server.environment)
         assert len(server.arrived) == 2
-    line = costs.summary(Journal.open(tmp_path / "journal"))[0]
+    line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
     assert (line.calls, line.in_doubt) == (1, 1)
     assert line.in_doubt_at_most is not None and Decimal("0.002") < line.in_doubt_at_most < Decimal("0.0021")
 
@@ -282,7 +282,7 @@ async def test_a_call_that_timed_out_or_whose_connection_broke_is_in_doubt_and_a
         with pytest.raises(ModelError):
             await generate_content("hi", model=FIRST, timeout=timeout, retry={"max_attempts": 1})
     await generate_content("hi", model=FIRST)
-    line = costs.summary(journal)[0]
+    line = costlines.summary(journal)[0]
     assert (line.calls, line.in_doubt, len(server.arrived)) == (1, 2, 4)
 
 
@@ -293,7 +293,7 @@ async def test_a_server_that_is_not_there_leaves_nothing_in_doubt(
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     with pytest.raises(ModelError):
         await generate_content("hi", model=FIRST, retry={"max_attempts": 1})
-    assert costs.summary(journal) == []
+    assert costlines.summary(journal) == []
 
 
 # -- saved -------------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_what_a_script_did_not_pay_again_is_noted_when_its_process_ends(tmp_path
         for _ in range(3):
             run_program(program, tmp_path, env=server.environment)
         assert len(server.arrived) == 1
-    line = costs.summary(Journal.open(tmp_path / "journal"), "step")[0]
+    line = costlines.summary(Journal.open(tmp_path / "journal"), "step")[0]
     assert (line.name, line.workflow, line.calls) == ("greet", "scratch", 1)
     assert line.paid is not None and line.saved == 2 * line.paid
 

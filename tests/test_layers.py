@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
-    {"batchserver", "cancelled", "errors", "models", "workers"},
+    {"batchserver", "cancelled", "errors", "models", "plain", "words", "workers"},
     {"redact"},
     {"voice"},
     {"calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
     {"background", "children", "codec", "costs", "places", "providers", "reuse", "rundocs", "waits"},
-    {"tools"},
+    {"costlines", "tools"},
     {"budgets", "generate"},
     {"scripted", "settings", "shown", "supplied"},
     {"sending"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agentflow import costs
+from agentflow import costlines
 from agentflow.cli import output
 from agentflow.records import money
 from agentflow.scratch import open_journal
@@ -22,21 +22,21 @@ def cost(
     Wasted is a part of what was paid. In doubt are calls that were sent and brought no answer: the provider may have
     charged for them, at most what is shown.
     """
-    if by not in costs.BY:
-        raise typer.BadParameter(f"{by!r} is none of {', '.join(costs.BY)}.", param_hint="--by")
-    found = costs.summary(open_journal(), by) if output.has_journal() else []
+    if by not in costlines.BY:
+        raise typer.BadParameter(f"{by!r} is none of {', '.join(costlines.BY)}.", param_hint="--by")
+    found = costlines.summary(open_journal(), by) if output.has_journal() else []
     if json:
         return output.data([shape(line, by) for line in found])
     if not found:
         return output.words("Nothing was paid or saved yet.")
     rows = [_row(line, by) for line in found]
     if len(found) > 1:
-        rows.append(_row(costs.total(found), by))
+        rows.append(_row(costlines.total(found), by))
     first = ("workflow", "step") if by == "step" else (by,)
     output.table((*first, ">calls", ">in", ">out", ">paid", ">saved", ">in doubt", ">wasted"), rows)
 
 
-def _row(line: costs.Line, by: str) -> tuple[Any, ...]:
+def _row(line: costlines.Line, by: str) -> tuple[Any, ...]:
     return (
         *((line.workflow or "", line.name) if by == "step" else (line.name,)),
         line.calls,
@@ -49,20 +49,20 @@ def _row(line: costs.Line, by: str) -> tuple[Any, ...]:
     )
 
 
-def _paid(line: costs.Line) -> str:
+def _paid(line: costlines.Line) -> str:
     if line.paid is None:
         return money(None if line.unknown else Decimal(0))
     return money(line.paid) + (f" + {line.unknown} unknown" if line.unknown else "")
 
 
-def _in_doubt(line: costs.Line) -> str:
+def _in_doubt(line: costlines.Line) -> str:
     if not line.in_doubt:
         return "-"
     calls = f"{line.in_doubt} {'call' if line.in_doubt == 1 else 'calls'}"
     return f"{calls}, unknown" if line.in_doubt_at_most is None else f"{calls}, up to {money(line.in_doubt_at_most)}"
 
 
-def shape(line: costs.Line, by: str) -> dict[str, Any]:
+def shape(line: costlines.Line, by: str) -> dict[str, Any]:
     """One group in the JSON of ``cost``: dollars are numbers, null where no price is known."""
     names = {"workflow": line.workflow, "step": line.name} if by == "step" else {by: line.name}
     paid = Decimal(0) if line.paid is None and not line.unknown else line.paid
