@@ -65,10 +65,11 @@ _PUT = """INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VAL
 _ADD = f"{_PUT} WHERE mode <> 1 OR typeof(value) <> 'text'"
 _DROP = "DELETE FROM Cache WHERE key = ? AND raw = 1"
 # One statement that is a transaction of its own, for the commit of one new record under a lease: begin, the look at the
-# lease and commit as statements of their own cost as much as the record itself.
-_ADD_ALONE = """INSERT INTO Cache (key, raw, store_time, access_time, mode, value) SELECT ?, 1, ?, ?, 1, ?
-    WHERE EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND substr(value, 1, ?) = ?)
-    ON CONFLICT (key, raw) DO NOTHING"""
+# lease and commit as statements of their own cost as much as the record itself. A text is no row id, so that a lost
+# lease is an error; a condition on the whole (INSERT ... SELECT ... WHERE) would make SQLite build a table in between.
+_ADD_ALONE = """INSERT INTO Cache (rowid, key, raw, store_time, access_time, mode, value) VALUES (
+    CASE WHEN EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND substr(value, 1, ?) = ?) THEN NULL
+    ELSE 'lost' END, ?, 1, ?, ?, 1, ?) ON CONFLICT (key, raw) DO NOTHING"""
 # How many commits a journal has seen, at least: rows that were added, and transactions that did anything else.
 SEQUENCE = """SELECT coalesce((SELECT value FROM Agentflow WHERE key = 'commits'), 0)
     + coalesce((SELECT value FROM Settings WHERE key = 'count'), 0)"""
@@ -78,8 +79,13 @@ def add_alone(con: sqlite3.Connection, op: Add, fence: Fence) -> bool:
     """Commit one new record, outside a transaction. False: the lease is lost or the key taken, and nothing was done."""
     lease = _lease_starts(fence)
     now = time.time()
-    given = (op.key, now, now, op.value, fence.key, len(lease), lease)
-    return con.execute(_ADD_ALONE, given).rowcount > 0
+    given = (fence.key, len(lease), lease, op.key, now, now, op.value)
+    try:
+        return con.execute(_ADD_ALONE, given).rowcount > 0
+    except sqlite3.IntegrityError as error:
+        if code_of(error) == sqlite3.SQLITE_MISMATCH:
+            return False
+        raise
 
 
 def _lease_starts(fence: Fence) -> str:
@@ -159,10 +165,11 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     try:
         # Recovering the log after a crash takes a lock for a moment, which the first look has to wait for.
         con.execute("PRAGMA busy_timeout = 5000")
-        if not readonly:
+        if readonly:
+            # Mapped pages count as this process's memory: enough for the hot part, no more.
+            con.execute("PRAGMA mmap_size = 8388608")
+        else:
             con.execute("PRAGMA synchronous = FULL")
-        # Mapped pages count as this process's memory: enough for the hot part, no more.
-        con.execute("PRAGMA mmap_size = 8388608")
     except BaseException:
         con.close()
         raise
