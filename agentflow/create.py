@@ -15,7 +15,7 @@ from typing import Any
 from agentflow import layout
 from agentflow.errors import JournalError, JournalForeign, JournalIncomplete, JournalReadOnly, UsageError
 from agentflow.layout import DIGEST_VERSION, LAYOUT_VERSION
-from agentflow.store import DB_NAME, connect
+from agentflow.store import DB_NAME, SEQUENCE, connect
 
 
 def create(path: Path) -> layout.Sibling:
@@ -55,12 +55,13 @@ def _build(path: Path) -> str:
     if file.exists():  # a creator died between the two files; its database holds nothing yet
         con = connect(file, readonly=True)
         try:
-            found = dict(con.execute("SELECT key, value FROM Agentflow").fetchall())
+            (store,) = con.execute("SELECT value FROM Agentflow WHERE key = 'store'").fetchone()
+            (sequence,) = con.execute(SEQUENCE).fetchone()
         finally:
             con.close()
-        if found.get("commits") != 0:
+        if sequence != 0:
             raise layout.lost_sibling(path)
-        return str(found["store"])
+        return str(store)
     import shutil
 
     temporary = path / f"new-{os.getpid()}-{os.urandom(4).hex()}"
@@ -100,7 +101,7 @@ def _build_store(folder: Path) -> str:
 
 # diskcache's triggers name texts in double quotes, which SQLite builds without DQS refuse, and its index of expiry
 # times holds every row; under the same names it takes these for its own.
-_OWN_SCHEMA = """
+_OWN_SCHEMA = f"""
 PRAGMA synchronous = OFF;
 BEGIN;
 CREATE TABLE Agentflow (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -110,8 +111,7 @@ DROP TRIGGER Settings_count_insert;
 CREATE TRIGGER Settings_count_insert AFTER INSERT ON Cache FOR EACH ROW BEGIN
     UPDATE Settings SET value = value + 1 WHERE key = 'count'; END;
 DROP TRIGGER Settings_count_delete;
-CREATE TRIGGER Settings_count_delete AFTER DELETE ON Cache FOR EACH ROW BEGIN
-    UPDATE Settings SET value = value - 1 WHERE key = 'count'; END;
+{layout.COUNT_DELETE};
 DROP TRIGGER Settings_size_insert;
 CREATE TRIGGER Settings_size_insert AFTER INSERT ON Cache FOR EACH ROW WHEN NEW.size <> 0 BEGIN
     UPDATE Settings SET value = value + NEW.size WHERE key = 'size'; END;

@@ -28,7 +28,7 @@ from agentflow.reads import Reads
 from agentflow.spill import Spill
 from agentflow.store import DB_NAME, Add, Drop, Fence, Op, Put, Txn, connect, translate
 from agentflow.voice import log
-from agentflow.writer import Job, Writer
+from agentflow.writer import Job, Writer, job_of
 
 __all__ = ["DIGEST_VERSION", "LAYOUT_VERSION", "Add", "Drop", "Fence", "Journal", "Op", "Put", "Txn", "default_path"]
 
@@ -211,7 +211,7 @@ class Journal:
             JournalFull: the disk is full; earlier records are intact (not with ``paid``).
             JournalBusy: another process kept the write lock too long (not with ``paid``).
         """
-        job = Job(lambda txn: txn.apply(ops), fence=fence)
+        job = job_of(ops, fence)
         if not paid:
             return self._writer.run(job)
         pauses = self._insist(job)
@@ -241,7 +241,7 @@ class Journal:
 
         When the caller is cancelled while it waits, the commit still happens.
         """
-        job = Job(lambda txn: txn.apply(ops), fence=fence)
+        job = job_of(ops, fence)
         if not paid:
             return await self._writer.arun(job)
         pauses = self._insist(job)
@@ -362,7 +362,7 @@ def _open(cls: type[Journal], path: Path) -> Journal:
     try:
         with journal._writer._lock:
             con = journal._writer._con = connect(journal._file, readonly=False)
-            changed = layout.check_store(path, con, sibling)
+            journal._writer.sequence, changed = layout.check_store(path, con, sibling)
             if con.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 con.execute("PRAGMA journal_mode = WAL")
             con.execute("PRAGMA busy_timeout = 0")
@@ -380,10 +380,13 @@ def _open(cls: type[Journal], path: Path) -> Journal:
 
 def _repair(journal: Journal, changed: str) -> None:
     def put_back(txn: Txn) -> None:
+        txn._con.execute("DROP TRIGGER IF EXISTS Settings_count_delete")
+        txn._con.execute(layout.COUNT_DELETE)
         txn._con.executemany("INSERT OR REPLACE INTO Settings VALUES (?, ?)", list(layout.SETTINGS.items()))
 
     journal.guarded(put_back)
-    log.warning("%s: somebody changed the settings of the journal (%s); they were put back", journal.path, changed)
+    if changed != "Settings_count_delete":  # alone, it is that of an earlier version
+        log.warning("%s: somebody changed the settings of the journal (%s); they were put back", journal.path, changed)
 
 
 def _after_fork() -> None:

@@ -1,9 +1,8 @@
 """What a journal's directory must look like: every check that open() makes, and its error.
 
-``journal.json`` beside the database names the store and carries a lower bound of its committed
-transactions: written after each fsynced commit, itself never synced, so it can lag behind but never be
-ahead of what is durable. A database with fewer commits than that has lost some: its ``-wal`` was not
-copied along, or an older copy was put back.
+``journal.json`` beside the database names the store and carries a lower bound of its commits (store.SEQUENCE):
+written after each fsynced commit, itself never synced, so it can lag behind but never be ahead of what is durable. A
+database with fewer commits than that has lost some: its ``-wal`` was not copied along, or an older copy was put back.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agentflow.errors import JournalError, JournalForeign, JournalIncomplete, JournalReadOnly, JournalVersionError
-from agentflow.store import DB_NAME
+from agentflow.store import DB_NAME, SEQUENCE
 
 LAYOUT_VERSION = 1
 DIGEST_VERSION = 1
@@ -33,6 +32,10 @@ SETTINGS: dict[str, object] = {
     "statistics": 0,
     "tag_index": 0,
 }
+# A row that goes leaves the sequence of commits as it is: what counts there is that it was added once.
+COUNT_DELETE = """CREATE TRIGGER Settings_count_delete AFTER DELETE ON Cache FOR EACH ROW BEGIN
+    UPDATE Settings SET value = value - 1 WHERE key = 'count';
+    UPDATE Agentflow SET value = value + 1 WHERE key = 'commits'; END"""
 _NETWORK = {
     *("9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fuse.davfs2", "fuse.gcsfuse", "fuse.glusterfs"),
     *("fuse.rclone", "fuse.s3fs", "fuse.sshfs", "fuse.sshfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
@@ -45,7 +48,7 @@ _OWN = (SIBLING, ".gitignore", ".DS_Store", "started")
 
 
 class Sibling(NamedTuple):
-    """``journal.json``: the store it belongs to, and how many commits that store has at least."""
+    """``journal.json``: the store it belongs to, and how many commits that store has at least (store.SEQUENCE)."""
 
     store: str
     commits: int
@@ -131,11 +134,13 @@ def _is_ours(path: Path) -> bool:
         con.close()
 
 
-def check_store(folder: Path, con: sqlite3.Connection, sibling: Sibling) -> str:
-    """Compare database and sibling. Returns the names of settings somebody changed, comma-separated."""
+def check_store(folder: Path, con: sqlite3.Connection, sibling: Sibling) -> tuple[int, str]:
+    """Compare database and sibling. Returns the sequence of commits, and what somebody changed, comma-separated."""
     try:
         own = dict(con.execute("SELECT key, value FROM Agentflow").fetchall())
         settings = dict(con.execute("SELECT key, value FROM Settings").fetchall())
+        trigger = con.execute("SELECT sql FROM sqlite_master WHERE name = 'Settings_count_delete'").fetchone()
+        sequence = con.execute(SEQUENCE).fetchone()[0]
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
             raise
@@ -145,16 +150,19 @@ def check_store(folder: Path, con: sqlite3.Connection, sibling: Sibling) -> str:
     check_versions(folder, own.get("layout"), own.get("digest"))
     if own.get("store") != sibling.store:
         raise JournalIncomplete(_incomplete(folder, f"{SIBLING} and {DB_NAME} belong to different journals"))
-    if int(own["commits"]) < sibling.commits:
-        missing = sibling.commits - int(own["commits"])
+    if sequence < sibling.commits:
+        missing = sibling.commits - sequence
         raise JournalIncomplete(
             _incomplete(
                 folder,
-                f"at least {missing} committed transactions are missing from {DB_NAME} (was it copied without "
+                f"at least {missing} commits are missing from {DB_NAME} (was it copied without "
                 f"{DB_NAME}-wal?)",
             )
         )
-    return ", ".join(name for name, value in SETTINGS.items() if settings.get(name) != value)
+    changed = [name for name, value in SETTINGS.items() if settings.get(name) != value]
+    if trigger != (COUNT_DELETE,):
+        changed.append("Settings_count_delete")
+    return sequence, ", ".join(changed)
 
 
 def _incomplete(folder: Path, what: str) -> str:

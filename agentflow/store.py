@@ -72,6 +72,33 @@ _PUT = """INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VAL
     filename = NULL, value = excluded.value"""
 _ADD = f"{_PUT} WHERE mode <> 1 OR typeof(value) <> 'text'"
 _DROP = "DELETE FROM Cache WHERE key = ? AND raw = 1"
+# One statement that is a transaction of its own, for the commit of one new record under a lease: begin, the look at the
+# lease and commit as statements of their own cost as much as the record itself. A text is no row id, so that a lost
+# lease is an error; a condition on the whole (INSERT ... SELECT ... WHERE) would make SQLite build a table in between.
+_ADD_ALONE = """INSERT INTO Cache (rowid, key, raw, store_time, access_time, mode, value) VALUES (
+    CASE WHEN EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND substr(value, 1, ?) = ?) THEN NULL
+    ELSE 'lost' END, ?, 1, ?, ?, 1, ?) ON CONFLICT (key, raw) DO NOTHING"""
+# How many commits a journal has seen, at least: rows that were added, and transactions that did anything else.
+SEQUENCE = """SELECT coalesce((SELECT value FROM Agentflow WHERE key = 'commits'), 0)
+    + coalesce((SELECT value FROM Settings WHERE key = 'count'), 0)"""
+
+
+def add_alone(con: sqlite3.Connection, op: Add, fence: Fence) -> bool:
+    """Commit one new record, outside a transaction. False: the lease is lost or the key taken, and nothing was done."""
+    lease = _lease_starts(fence)
+    now = time.time()
+    given = (fence.key, len(lease), lease, op.key, now, now, op.value)
+    try:
+        return con.execute(_ADD_ALONE, given).rowcount > 0
+    except sqlite3.IntegrityError as error:
+        if code_of(error) == sqlite3.SQLITE_MISMATCH:
+            return False
+        raise
+
+
+def _lease_starts(fence: Fence) -> str:
+    # Lease rows are written with the token first (lease.py), so no JSON needs to be parsed here.
+    return f'{{"token":{fence.token},'
 
 
 class Txn:
@@ -125,8 +152,7 @@ class Txn:
     def check(self, fence: Fence) -> None:
         """Raise LeaseLost unless the lease row still carries the fence's token."""
         value = self.get(fence.key)
-        # Lease rows are written with the token first (lease.py), so no JSON needs to be parsed here.
-        if value is None or not value.startswith(f'{{"token":{fence.token},'):
+        if value is None or not value.startswith(_lease_starts(fence)):
             raise LeaseLost(
                 f"{fence.key}: this process no longer owns it (token {fence.token} was replaced): another process "
                 "took over after the lease had run out. Nothing was committed; run it again to go on from its records."
@@ -147,10 +173,11 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
     try:
         # Recovering the log after a crash takes a lock for a moment, which the first look has to wait for.
         con.execute("PRAGMA busy_timeout = 5000")
-        if not readonly:
+        if readonly:
+            # Mapped pages count as this process's memory: enough for the hot part, no more.
+            con.execute("PRAGMA mmap_size = 8388608")
+        else:
             con.execute("PRAGMA synchronous = FULL")
-        # Mapped pages count as this process's memory: enough for the hot part, no more.
-        con.execute("PRAGMA mmap_size = 8388608")
     except BaseException:
         con.close()
         raise

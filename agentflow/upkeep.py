@@ -22,7 +22,7 @@ from agentflow.index import Row, in_key
 from agentflow.journal import Add, Journal, Op
 from agentflow.lease import acquire
 from agentflow.purge import keys_of
-from agentflow.store import DB_NAME, connect, translate
+from agentflow.store import DB_NAME, SEQUENCE, connect, translate
 
 _CHUNK = 2000
 _JSON = ("a", "m", "h", "e", "c", "lease", "claim")
@@ -86,7 +86,7 @@ def verify(folder: Path, *, rows: bool = True) -> Verified:
                 if text != "ok":
                     problems.append(Problem("damaged", DB_NAME, text))
             if sibling is not None:
-                changed = layout.check_store(folder, con, sibling)
+                _, changed = layout.check_store(folder, con, sibling)
                 if changed:
                     problems.append(Problem("damaged", DB_NAME, f"settings were changed from outside: {changed}"))
             if rows:
@@ -253,7 +253,7 @@ def stats(folder: Path) -> dict[str, Any]:
                 ).fetchall()
             )
             free = con.execute("PRAGMA freelist_count").fetchone()[0] * con.execute("PRAGMA page_size").fetchone()[0]
-            (commits,) = con.execute("SELECT value FROM Agentflow WHERE key = 'commits'").fetchone()
+            (commits,) = con.execute(SEQUENCE).fetchone()
     except sqlite3.Error as error:
         raise translate(error, file) from error
     records = {_NAMES.get(family, family): {"rows": rows, "bytes": size or 0} for family, rows, size in families}
@@ -317,7 +317,7 @@ def backup(folder: Path, target: Path) -> Path:
                 con.backup(made)
         with closing(sqlite3.connect(copy)) as made:
             made.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            own = dict(made.execute("SELECT key, value FROM Agentflow").fetchall())
+            (sequence,) = made.execute(SEQUENCE).fetchone()
             (state,) = made.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.Error as error:
         raise translate(error, folder / DB_NAME) from error
@@ -329,7 +329,7 @@ def backup(folder: Path, target: Path) -> Path:
     for spilled in folder.glob("spill-*.json"):
         shutil.copy2(spilled, target / spilled.name)
     _sync(copy)
-    layout.write_sibling(target, str(own["store"]), int(own["commits"]))
+    layout.write_sibling(target, sibling.store, sequence)
     _sync(target)
     return target
 

@@ -3,7 +3,8 @@
 How a commit travels: a *job* (ops with a fence, or a guarded function) runs at once in the thread that
 asks when nothing else is under way and SQLite's lock is free; otherwise it goes to one writer thread,
 which takes one job, drains what else is waiting into the same transaction, and so shares one fsync.
-There is no timer: a lone job is never delayed. Refused jobs (a lost lease, a guarded function that
+There is no timer: a lone job is never delayed. A lone job that adds one record, which is what most steps
+commit, is a single statement. Refused jobs (a lost lease, a guarded function that
 raised) do not touch their neighbours; when the shared transaction itself fails, each job is tried alone.
 
 A crash before COMMIT returns loses the whole transaction; after it, nothing (WAL, synchronous FULL).
@@ -16,13 +17,13 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from agentflow.calls import current_task
 from agentflow.errors import JournalBusy, LeaseLost, UsageError
-from agentflow.store import Fence, Txn, code_of, connect, translate
+from agentflow.store import SEQUENCE, Add, Fence, Op, Txn, add_alone, code_of, connect, translate
 
 if TYPE_CHECKING:
     import asyncio
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CROWD_SECONDS = 0.005
-_BUMP = "UPDATE Agentflow SET value = value + 1 WHERE key = 'commits' RETURNING value"
+_BUMP = "UPDATE Agentflow SET value = value + 1 WHERE key = 'commits'"
 
 
 class Job(Generic[T]):
     """One group of writes that happens entirely or not at all."""
 
-    __slots__ = ("body", "committed", "done", "error", "fence", "future", "guarded", "on_orphan", "patience", "result")
+    __slots__ = (
+        *("add", "body", "committed", "done", "error", "fence", "future", "guarded", "on_orphan", "patience", "result"),
+    )
 
     def __init__(self, body: Callable[[Txn], T], *, fence: Fence | None = None, guarded: bool = False) -> None:
         self.body = body
+        self.add: Add | None = None  # what the body does, if that is all
         self.fence = fence
         self.guarded = guarded
         self.committed = False
@@ -54,6 +58,14 @@ class Job(Generic[T]):
         if self.fence is not None:
             txn.check(self.fence)
         return self.body(txn)
+
+
+def job_of(ops: Sequence[Op], fence: Fence | None) -> Job[list[bool]]:
+    """The job that does these ops. A single Add under a lease is seen to be one."""
+    job = Job(lambda txn: txn.apply(ops), fence=fence)
+    if len(ops) == 1 and fence is not None and isinstance(op := ops[0], Add):
+        job.add = op
+    return job
 
 
 class LockHeld(Exception):
@@ -73,6 +85,7 @@ class Writer:
         self.path = path
         self.busy_seconds = busy_seconds
         self.transactions = 0
+        self.sequence = 0  # a lower bound of the store's, see SEQUENCE
         self.before: Callable[[Txn], Callable[[], None]] | None = None  # imports spilled replies when there are any
         self._check = check
         self._mark = mark
@@ -172,10 +185,29 @@ class Writer:
             raise UsageError(f"The journal {self.path.parent} is closed: open it again with Journal.open().")
 
     def _alone(self, job: Job[T]) -> T:
+        if job.add is not None and self._add(job):
+            return cast(T, job.result)
         self._transact([job], drain=False)
         if job.error is not None:
             raise job.error
         return cast(T, job.result)
+
+    def _add(self, job: Job[Any]) -> bool:
+        """Commit a job that adds one record. False, and nothing is done, where that takes a transaction to find out."""
+        assert job.add is not None and job.fence is not None
+        with self._lock:
+            if self.before is not None:
+                return False
+            self._check()
+            con = self._ready()
+            try:
+                if not add_alone(con, job.add, job.fence):
+                    return False
+            except sqlite3.Error as error:
+                raise self._refused(error) from error
+            job.committed, job.result = True, [True]
+            self._committed(self.sequence + 1)
+            return True
 
     def _transact(self, jobs: list[Job[Any]], *, drain: bool) -> None:
         """One transaction for ``jobs`` and, with ``drain``, for all that wait behind them.
@@ -198,12 +230,12 @@ class Writer:
                 if con.total_changes == changes:
                     con.execute("ROLLBACK")
                 else:
-                    count = con.execute(_BUMP).fetchall()[0][0]
+                    con.execute(_BUMP)
+                    sequence = con.execute(SEQUENCE).fetchone()[0]
                     con.execute("COMMIT")
                     for job in jobs:
                         job.committed = True
-                    self.transactions += 1
-                    self._mark(count)
+                    self._committed(sequence)
             except BaseException as error:
                 if con.in_transaction:
                     con.execute("ROLLBACK")
@@ -213,19 +245,31 @@ class Writer:
         if done is not None:
             done()
 
-    def _begin(self) -> sqlite3.Connection:
+    def _committed(self, sequence: int) -> None:
+        self.sequence = sequence
+        self.transactions += 1
+        self._mark(sequence)
+
+    def _ready(self) -> sqlite3.Connection:
         con = self._con
         if con is None:
             con = self._con = connect(self.path, readonly=False)
             con.execute("PRAGMA busy_timeout = 0")
         if con.in_transaction:  # an earlier one was interrupted in its own clean-up
             con.execute("ROLLBACK")
+        return con
+
+    def _refused(self, error: sqlite3.Error) -> Exception:
+        if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return LockHeld()
+        return translate(error, self.path)
+
+    def _begin(self) -> sqlite3.Connection:
+        con = self._ready()
         try:
             con.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise LockHeld from None
-            raise translate(error, self.path) from error
+            raise self._refused(error) from error
         except BaseException:
             if con.in_transaction:
                 con.execute("ROLLBACK")

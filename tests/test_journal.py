@@ -376,20 +376,90 @@ def test_planted_rows_do_nothing_and_are_reported_once(journal, tmp_path, monkey
     assert journal.get("r/pickle") == "mine"
 
 
-def test_a_database_copied_without_its_log_is_refused(journal, tmp_path):
+@pytest.mark.parametrize("alone", [True, False], ids=["records alone", "transactions"])
+def test_a_database_copied_without_its_log_is_refused(journal, tmp_path, alone):
+    fence = owned(journal)
+    at_least = layout.read_sibling(journal.path).commits
     for number in range(5):
-        journal.commit([Add(f"k{number}", "v")])
+        journal.commit([Add(f"k{number}", "v")] if alone else [Put("k0", "v"), Add(f"k{number}", "v")], fence=fence)
+    assert layout.read_sibling(journal.path).commits >= at_least + 5
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("cache.db", "journal.json"):
         shutil.copy(journal.path / name, copy / name)
-    with pytest.raises(JournalIncomplete, match=r"5 committed transactions are missing.*-wal"):
+    with pytest.raises(JournalIncomplete, match=r"\d+ commits are missing.*-wal"):
         Journal.open(copy)
     shutil.rmtree(copy)
     shutil.copytree(journal.path, copy)
     whole = Journal.open(copy)
     assert whole.get("k4") == "v"
     whole.close()
+
+
+def owned(journal: Journal, token: int = 7) -> Fence:
+    """A lease row as lease.py writes it, and the fence of its owner."""
+    journal.commit([Put("lease/r", f'{{"token":{token},"pid":1}}')])
+    return Fence("lease/r", token)
+
+
+def test_a_record_that_is_committed_alone_keeps_every_rule(journal):
+    fence, other = owned(journal), Fence("lease/r", 6)
+    assert journal.commit([Add("a", "1")], fence=fence) == [True]
+    assert journal.commit([Add("a", "2")], fence=fence) == [False], "the first one wins"
+    for stale in (other, Fence("lease/r", 70), Fence("lease/nobody", 7)):
+        with pytest.raises(LeaseLost):
+            journal.commit([Add("b", "1")], fence=stale)
+    sql(journal.path, "INSERT INTO Cache (key, raw, mode, value) VALUES ('c', 1, 4, ?)", pickle.dumps(1))
+    assert journal.commit([Add("c", "mine")], fence=fence) == [True], "what no journal wrote is no record"
+    assert [journal.get(key) for key in "abc"] == ["1", None, "mine"]
+    assert sql(journal.path, "SELECT value FROM Settings WHERE key = 'count'") == [(3,)]
+    journal.commit([Put("lease/r", '{"token":8,"pid":2}')])
+    with pytest.raises(LeaseLost):
+        journal.commit([Add("d", "1")], fence=fence)
+
+
+def test_a_record_committed_alone_waits_for_another_process_and_is_refused_when_it_takes_over_meanwhile(journal):
+    fence = owned(journal)
+    holder = sqlite3.connect(journal.path / "cache.db", isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    holder.execute("""UPDATE Cache SET value = '{"token":8,"pid":2}' WHERE key = 'lease/r'""")
+    seen: list[object] = []
+
+    def commit() -> None:
+        try:
+            seen.append(journal.commit([Add("a", "1")], fence=fence))
+        except LeaseLost as error:
+            seen.append(type(error))
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    while journal._writer._thread is None:  # it has met the lock and left its commit to the writer
+        time.sleep(0.001)
+    holder.execute("COMMIT")
+    thread.join()
+    assert seen == [LeaseLost] and journal.get("a") is None
+    holder.close()
+
+
+def test_rows_that_go_do_not_make_a_journal_look_incomplete(journal):
+    fence = owned(journal)
+    for number in range(20):
+        journal.commit([Add(f"k{number}", "v")], fence=fence)
+    journal.commit([Drop(f"k{number}") for number in range(20)])
+    sql(journal.path, "DELETE FROM Cache")
+    journal.close()
+    Journal.open(journal.path).close()
+
+
+def test_a_journal_of_an_earlier_version_counts_its_commits_from_now_on(journal, caplog):
+    """Its trigger let the count of commits fall with each row that goes."""
+    earlier = "UPDATE Settings SET value = value - 1 WHERE key = 'count'; END"
+    sql(journal.path, "DROP TRIGGER Settings_count_delete")
+    sql(journal.path, f"CREATE TRIGGER Settings_count_delete AFTER DELETE ON Cache FOR EACH ROW BEGIN {earlier}")
+    journal.close()
+    again = Journal.open(journal.path)
+    assert not caplog.records, "there is nothing that a user did"
+    test_rows_that_go_do_not_make_a_journal_look_incomplete(again)
 
 
 def test_an_older_database_put_back_is_refused(journal, tmp_path):
@@ -811,15 +881,18 @@ import os, signal
 from pathlib import Path
 from agentflow import layout
 layout.can_map = lambda folder: {mapped}
-from agentflow.journal import Add, Journal
+from agentflow.journal import Add, Fence, Journal, Put
 journal = Journal.open(Path({str(folder)!r}))
 assert (journal._counter is not None) is {mapped}
+journal.commit([Put("lease/r", '{{"token":7,"pid":1}}')])
+fence = Fence("lease/r", 7)
 for i in range(7):
-    journal.commit([Add(f"k{{i}}", "v")])
+    journal.commit([Add(f"k{{i}}", "v")], fence=fence if i else None)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
-    assert layout.read_sibling(folder).commits == 7
+    # Eight rows, and two transactions that were more than one statement.
+    assert layout.read_sibling(folder).commits == 10
 
 
 @pytest.mark.parametrize(("kind", "safe"), [("ext4", True), ("tmpfs", True), ("btrfs", False), ("zfs", False)])
