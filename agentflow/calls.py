@@ -6,9 +6,9 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from agentflow.digests import blake2b
 from agentflow.errors import StepNotAwaited, UsageError
 from agentflow.plain import Plain
 

@@ -21,7 +21,6 @@ import enum
 import fractions
 import functools
 import gc
-import hashlib
 import math
 import pathlib
 import re
@@ -33,6 +32,7 @@ from typing import Any, cast
 
 import orjson
 
+from agentflow.digests import blake2b
 from agentflow.errors import UsageError
 
 LONG = 64 * 1024
@@ -49,7 +49,7 @@ _MISSING: Any = object()
 
 def short_digest(data: bytes) -> str:
     """22 characters ``[A-Za-z0-9_-]``: BLAKE2b, 16 bytes."""
-    return base64.urlsafe_b64encode(hashlib.blake2b(data, digest_size=16).digest())[:22].decode()
+    return base64.urlsafe_b64encode(blake2b(data, digest_size=16).digest())[:22].decode()
 
 
 def bare_name(obj: Any) -> str:

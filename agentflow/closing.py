@@ -233,11 +233,7 @@ def close(opened: Opened, status: str) -> None:
     document["saved"] = str(Decimal(document.get("saved", "0")) + ex.totals.saved)
     ops: list[Any] = []
     if ex.prior is not None or ex.asked_tasks:
-        from agentflow import events, human
-
-        ops += human.withdraw(ex, status)
-        if status == "completed":
-            ops += events.give_back(ex)
+        ops += _not_waited_for(ex, status)
     ops += [Drop(key) for key in ex.unstarted] + rundocs.write(document, status) + ex.saved_row()
     if status == "failed" and opened.call is not None:
         ops.append(opened.call.failed(document))
@@ -254,6 +250,20 @@ def close(opened: Opened, status: str) -> None:
         ex.settle_marks()
     elif status != "waiting":
         ex.journal.clear_marks(ex.run_id)
+
+
+def _not_waited_for(ex: Execution, status: str) -> list[Any]:
+    """Operations that end what the run had waited for and does not any more; most runs never wait."""
+    ops: list[Any] = []
+    if any(ex.journal.keys(f"ht/{ex.key}/", limit=1)):
+        from agentflow import human
+
+        ops += human.withdraw(ex, status)
+    if status == "completed" and any(ex.journal.keys(f"w/{ex.key}/", limit=1)):
+        from agentflow import events
+
+        ops += events.give_back(ex)
+    return ops
 
 
 def was_cancelled(journal: Journal, run_id: str) -> bool:

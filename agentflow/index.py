@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from hashlib import blake2b
 from typing import Any
 
 import orjson
 
+from agentflow.digests import blake2b
 from agentflow.errors import JournalIncomplete
 from agentflow.journal import Add, Journal
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import time
-from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +20,7 @@ import orjson
 from agentflow.calls import Call
 from agentflow.capture import data_digest
 from agentflow.compare import Difference, differences
+from agentflow.digests import blake2b
 from agentflow.files import shortened
 from agentflow.index import GIVEN, NS, Row, short
 from agentflow.journal import Add, Drop, Op

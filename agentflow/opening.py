@@ -18,6 +18,7 @@ from agentflow.capture import data_digest
 from agentflow.childcalls import ChildCall
 from agentflow.children import note_caller
 from agentflow.codedigest import code_of
+from agentflow.digests import blake2b
 from agentflow.errors import (
     LeaseLost,
     RunCancelled,
@@ -407,8 +408,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _short_id(journal: Journal, name: str, digest: str) -> str:
     """The shortest id that no other input has."""
-    from hashlib import blake2b
-
     letters = blake2b(digest.encode(), digest_size=16).hexdigest()
     for length in range(6, 33, 2):
         run_id = f"{name}-{letters[:length]}"

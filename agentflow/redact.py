@@ -6,6 +6,7 @@ the text alone (and, for values of environment variables, on the variable's name
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,45 +17,75 @@ from agentflow.errors import UsageError
 
 Extra = Callable[[str], str] | Mapping[str, str | re.Pattern[str]] | Iterable[str | re.Pattern[str]] | None
 
+# Patterns are compiled when a text may hold what they look for: most texts hold none of it, and a short program does
+# not wait for twenty of them. Each comes with words of which one stands in every match, in small letters.
+_Pattern = tuple[str, tuple[str, ...], str]
 # Formats that are secrets wherever they stand. Longer prefixes first: sk-ant- is an sk- too.
-_KEYS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        (
-            "private-key",
-            r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:(?:(?!-----BEGIN )[\s\S]){0,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"|(?:[A-Za-z0-9+/=\s]|\\[nr])*)",
-        ),
-        ("anthropic-key", r"\bsk-ant-[A-Za-z0-9_-]{16,}"),
-        ("openrouter-key", r"\bsk-or-v1-[0-9a-f]{32,}"),
-        ("openai-key", r"\bsk-(?:(?:proj|svcacct|admin|None)-[A-Za-z0-9_-]{20,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,})"),
-        ("aws-key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-        ("github-token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})"),
-        ("gitlab-token", r"\bglpat-[A-Za-z0-9_-]{20,}"),
-        ("slack-token", r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
-        ("google-key", r"\bAIza[0-9A-Za-z_-]{35}"),
-        ("stripe-key", r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),
-        ("huggingface-token", r"\bhf_[A-Za-z0-9]{30,}"),
-        ("jwt", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
-    )
+_KEYS: tuple[_Pattern, ...] = (
+    (
+        "private-key",
+        ("-----begin ",),
+        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:(?:(?!-----BEGIN )[\s\S]){0,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+        r"|(?:[A-Za-z0-9+/=\s]|\\[nr])*)",
+    ),
+    ("anthropic-key", ("sk-ant-",), r"\bsk-ant-[A-Za-z0-9_-]{16,}"),
+    ("openrouter-key", ("sk-or-v1-",), r"\bsk-or-v1-[0-9a-f]{32,}"),
+    (
+        "openai-key",
+        ("sk-",),
+        r"\bsk-(?:(?:proj|svcacct|admin|None)-[A-Za-z0-9_-]{20,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,})",
+    ),
+    ("aws-key", ("akia", "asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    (
+        "github-token",
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})",
+    ),
+    ("gitlab-token", ("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),
+    ("slack-token", ("xox",), r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
+    ("google-key", ("aiza",), r"\bAIza[0-9A-Za-z_-]{35}"),
+    ("stripe-key", ("k_live_", "k_test_"), r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),
+    ("huggingface-token", ("hf_",), r"\bhf_[A-Za-z0-9]{30,}"),
+    ("jwt", ("eyj",), r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
 )
 _SECRET_NAME = (
     r"api[-_]?key|(?:access|auth|refresh|session|bearer|id)[-_]?token|client[-_]?secret"
     r"|(?:secret|private)[-_]?(?:access[-_]?)?key|password|passwd"
 )
-_MASK = re.compile(r"\[redacted:[^\]\s]*\]")
+_MASK = r"\[redacted:[^\]\s]*\]"
 # Secrets known by what stands before them: group 1 stays, the rest goes.
-_BEARER = re.compile(r"(?i)\b(bearer[ \t]+)(?=[a-z._~+/=-]*[0-9])[a-z0-9._~+/=-]{16,}")
-_BASIC = re.compile(r"(?i)(\bauthorization\\?[\"']?\s*[:=]\s*\\?[\"']?basic[ \t]+)[a-z0-9+/=]{8,}")
-_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,30}://[^\s:/@\"']{0,200}:)(?!\[redacted:)[^\s@/\"']{3,500}(?=@)")
-_NAMED = re.compile(
+_BEARER: _Pattern = (
+    "bearer-token",
+    ("bearer",),
+    r"(?i)\b(bearer[ \t]+)(?=[a-z._~+/=-]*[0-9])[a-z0-9._~+/=-]{16,}",
+)
+_BASIC: _Pattern = (
+    "authorization",
+    ("basic",),
+    r"(?i)(\bauthorization\\?[\"']?\s*[:=]\s*\\?[\"']?basic[ \t]+)[a-z0-9+/=]{8,}",
+)
+_IN_URL: _Pattern = (
+    "password",
+    ("://",),
+    r"(\b[a-z][a-z0-9+.-]{0,30}://[^\s:/@\"']{0,200}:)(?!\[redacted:)[^\s@/\"']{3,500}(?=@)",
+)
+_NAMED: _Pattern = (
+    "",
+    ("key", "token", "secret", "passw"),
     rf"(?i)((?<![a-z0-9])(?:x[-_])?({_SECRET_NAME})\\?[\"']?\s{{0,9}}[:=]\s{{0,9}}(?:b?\\?[\"'])?)"
     # not a mask, a placeholder, or code that fetches the secret
-    r"(?!\[redacted:|[<{$*(]|os\.|env[.(]|your[-_])(?=[^\s\"',;&}<>)\\]*[0-9])[^\s\"',;&}<>)\\(\[]{8,}"
+    r"(?!\[redacted:|[<{$*(]|os\.|env[.(]|your[-_])(?=[^\s\"',;&}<>)\\]*[0-9])[^\s\"',;&}<>)\\(\[]{8,}",
 )
-_NAME = re.compile(rf"(?i)(?:.*[-_.])?({_SECRET_NAME}|authorization|(?:set-)?cookie)")
+_NAME = rf"(?i)(?:.*[-_.])?({_SECRET_NAME}|authorization|(?:set-)?cookie)"
 _ENV_NAMES = ("_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
 
 _extra_patterns: list[tuple[str, re.Pattern[str]]] = []
 _extra_function: Callable[[str], str] | None = None
@@ -122,29 +153,36 @@ def _redact(text: str, environment: list[tuple[str, str]]) -> str:
 
 
 def _redact_once(text: str, environment: list[tuple[str, str]]) -> str:
-    for name, pattern in _KEYS:
-        text = pattern.sub(f"[redacted:{name}]", text)
+    # Letters outside ASCII can stand for others where case is ignored: then only the patterns know.
+    small = text.lower() if text.isascii() else None
+    for key in _KEYS:
+        text = _mask(key, f"[redacted:{key[0]}]", text, small)
     # before the patterns below, which could cut such a value in two
     for value, mask in environment:
         if value in text:
             text = _sub(re.compile(re.escape(value)), mask, text)
-    text = _BEARER.sub(r"\1[redacted:bearer-token]", text)
-    text = _BASIC.sub(r"\1[redacted:authorization]", text)
-    text = _IN_URL.sub(r"\1[redacted:password]", text)
-    text = _NAMED.sub(lambda match: f"{match[1]}{_mask_for(match[2])}", text)
+    for before in (_BEARER, _BASIC, _IN_URL):
+        text = _mask(before, rf"\1[redacted:{before[0]}]", text, small)
+    text = _mask(_NAMED, lambda match: f"{match[1]}{_mask_for(match[2])}", text, small)
     for name, pattern in _extra_patterns:
         text = _sub(pattern, f"[redacted:{name}]", text)
     return text
 
 
+def _mask(pattern: _Pattern, mask: str | Callable[[re.Match[str]], str], text: str, small: str | None) -> str:
+    if small is not None and not any(word in small for word in pattern[1]):
+        return text
+    return _compiled(pattern[2]).sub(mask, text)
+
+
 def _redact_tree(tree: Any, environment: list[tuple[str, str]], name: str | None) -> Any:
     if isinstance(tree, str):
         text = _redact(tree, environment)
-        return text if name is None or not text or _MASK.fullmatch(text) else _mask_for(name)
+        return text if name is None or not text or _compiled(_MASK).fullmatch(text) else _mask_for(name)
     if isinstance(tree, dict):
         out = {}
         for key, item in tree.items():
-            match = _NAME.fullmatch(key) if isinstance(key, str) else None
+            match = _compiled(_NAME).fullmatch(key) if isinstance(key, str) else None
             plain = _redact(key, environment) if isinstance(key, str) else key
             out[plain] = _redact_tree(item, environment, match[1] if match else None)
         return out
@@ -163,8 +201,9 @@ def _mask_for(name: str) -> str:
 
 def _sub(pattern: re.Pattern[str], mask: str, text: str) -> str:
     """Mask matches, except inside masks that are there already: redacting twice changes nothing."""
-    pieces = _MASK.split(text)
-    masks = [*_MASK.findall(text), ""]
+    there = _compiled(_MASK)
+    pieces = there.split(text)
+    masks = [*there.findall(text), ""]
     out = []
     for piece, old in zip(pieces, masks, strict=True):
         out += [pattern.sub(lambda match: mask if match.group() else "", piece), old]

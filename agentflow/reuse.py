@@ -169,8 +169,6 @@ def given_same(call: Call, row: Row) -> bool:
 
 def like(call: Call) -> Slot | None:
     """A record that was given the same but for what the step changed itself, or accidents of the moment."""
-    from agentflow.compare import differences
-
     ex = call.ex
     if call.kind not in ("step", "ai", "agent", "tool") or not call.given:
         return None
@@ -188,6 +186,8 @@ def like(call: Call) -> Slot | None:
             continue
         if call.kind == "ai" and head["epoch"] != call.here.epoch:
             continue
+        from agentflow.compare import differences
+
         diffs = differences(
             row.given,
             call.given,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
-    {"batchserver", "cancelled", "errors", "models", "plain", "words", "workers"},
+    {"batchserver", "cancelled", "digests", "errors", "models", "plain", "words", "workers"},
     {"redact"},
     {"voice"},
     {"calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
@@ -204,3 +205,99 @@ def test_running_a_plain_workflow_imports_no_sdk(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+# What a program of plain code never waits for: an event loop and what comes with it, and what only other programs use.
+NOT_FOR_PLAIN_CODE = [
+    "asyncio", "concurrent.futures", "difflib", "hashlib", "logging", "random", "socket", "ssl", "subprocess",
+    "agentflow.agent", "agentflow.aicall", "agentflow.batches", "agentflow.budgets", "agentflow.cancelled",
+    "agentflow.clocks", "agentflow.compare", "agentflow.control", "agentflow.cron", "agentflow.drive",
+    "agentflow.embeddings", "agentflow.events", "agentflow.fanout", "agentflow.generate", "agentflow.human",
+    "agentflow.models", "agentflow.portal", "agentflow.prompts", "agentflow.providers", "agentflow.records",
+    "agentflow.redo", "agentflow.runs", "agentflow.sending", "agentflow.sync.calls", "agentflow.sync.fanout",
+    "agentflow.tasks", "agentflow.tools",
+]  # fmt: skip
+# An async program has the loop, and none of the rest.
+NOT_FOR_AN_ASYNC_STEP = [
+    name
+    for name in NOT_FOR_PLAIN_CODE
+    if name.startswith("agentflow.") and name.partition(".")[2] not in ("cancelled", "clocks", "drive", "portal")
+]
+
+
+def loaded(program: str, journal: Path, names: list[str]) -> tuple[list[str], str]:
+    """Which of the modules a program loads that were not there when it began, and what it says on stderr."""
+    code = f"import sys\nbefore = set(sys.modules)\n{program}\nimport json\n"
+    code += f"print(json.dumps([name for name in {names!r} if name in sys.modules and name not in before]))"
+    env = os.environ | {"AGENTFLOW_PATH": str(journal)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+PLAIN_WORKFLOW = """
+from agentflow.sync import step, workflow
+@workflow
+def flow(ctx, n: int):
+    return step("add", lambda: n + 1)
+assert flow.run({n}) == {n} + 1
+"""
+PLAIN_STEP = """
+from agentflow.sync import step
+assert step("add", lambda n: n + 1, {n}) == {n} + 1
+"""
+ASYNC_WORKFLOW = """
+from agentflow import step, workflow
+async def add(n):
+    return n + 1
+@workflow
+async def flow(ctx, n: int):
+    return await step("add", add, n)
+assert flow.run_sync({n}) == {n} + 1
+"""
+
+
+@pytest.mark.parametrize("program", [PLAIN_WORKFLOW, PLAIN_STEP], ids=["workflow", "scratch"])
+def test_a_plain_step_needs_no_event_loop_no_logging_and_nothing_of_models(program: str, tmp_path: Path) -> None:
+    loaded(program.format(n=1), tmp_path / "journal", [])  # diskcache, which creates the journal, loads what it likes
+    for n in (1, 2):  # a replay, and a step that runs
+        assert loaded(program.format(n=n), tmp_path / "journal", NOT_FOR_PLAIN_CODE + HEAVY)[0] == []
+
+
+def test_an_async_step_needs_nothing_of_models_and_people(tmp_path: Path) -> None:
+    loaded(ASYNC_WORKFLOW.format(n=1), tmp_path / "journal", [])
+    for n in (1, 2):
+        assert loaded(ASYNC_WORKFLOW.format(n=n), tmp_path / "journal", NOT_FOR_AN_ASYNC_STEP + HEAVY)[0] == []
+
+
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ("", "", True),
+        ("import logging", "", True),
+        ("", "import logging", True),
+        ("import logging; logging.basicConfig(handlers=[logging.NullHandler()])", "", False),
+        ("", "import logging; logging.basicConfig(handlers=[logging.NullHandler()])", False),
+        ("", "import agentflow; agentflow.configure(quiet=True)", False),
+        ("", "import logging; logging.getLogger('agentflow').setLevel('ERROR')", False),
+        ("import logging", "logging.getLogger('agentflow').setLevel('ERROR')", False),
+        ("import logging; logging.getLogger('agentflow').addHandler(logging.NullHandler())", "", False),
+    ],
+)
+def test_the_end_of_a_run_is_printed_once_unless_the_program_does_its_own_logging(
+    before: str, after: str, said: bool, tmp_path: Path
+) -> None:
+    program = f"{before}\nimport agentflow.sync\n{after}\n{PLAIN_WORKFLOW.format(n=1)}"
+    _, err = loaded(program, tmp_path / "journal", [])
+    assert err.count("completed") == said, err
+
+
+def test_what_is_said_goes_to_handlers_of_a_program_that_begins_to_log_later(tmp_path: Path) -> None:
+    program = (
+        "import agentflow.sync, logging\n"
+        "class Keep(logging.Handler):\n"
+        "    def emit(self, record): print(record.levelname, record.module, record.getMessage(), file=sys.stderr)\n"
+        "logging.getLogger('agentflow').addHandler(Keep())\n"
+    )
+    _, err = loaded(program + PLAIN_WORKFLOW.format(n=1), tmp_path / "journal", [])
+    assert "INFO closing flow-" in err

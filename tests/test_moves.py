@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentflow import configure, drive, generate_content, parallel, step, workflow
+from agentflow import configure, drive, generate_content, parallel, step, waits, workflow
 from agentflow.sync import parallel as parallel_sync
 from agentflow.sync import step as step_sync
 from agentflow.sync import workflow as workflow_sync
@@ -119,7 +119,7 @@ async def test_branches_that_are_still_there_keep_their_own_records_of_equal_ste
 
 
 async def test_a_sibling_that_waits_for_the_step_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drive, "PATIENCE", 0.05)
+    monkeypatch.setattr(waits, "PATIENCE", 0.05)
     BRANCHES.update(a=["x"], b=["two"])
     first = await moves.run("gather")
     RAN.clear()
@@ -134,7 +134,7 @@ async def test_a_sibling_that_waits_for_the_step_is_not_waited_for_without_end(m
 async def test_who_waits_long_for_a_sibling_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(drive, "PATIENCE", 0.7)
+    monkeypatch.setattr(waits, "PATIENCE", 0.7)
     BRANCHES.update(a=["x"], b=["two"])
     await moves.run("gather")
     GATES["gate"] = asyncio.Event()
@@ -144,16 +144,16 @@ async def test_who_waits_long_for_a_sibling_says_so(
 
 
 async def test_a_sibling_is_waited_for_once_and_not_by_each_call_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = 0
+    waited = 0
     pauses = drive.pauses
 
     def counted(call: Any) -> Any:
-        nonlocal waits
-        waits += 1
+        nonlocal waited
+        waited += 1
         return pauses(call)
 
     monkeypatch.setattr(drive, "pauses", counted)
-    monkeypatch.setattr(drive, "PATIENCE", 0.05)
+    monkeypatch.setattr(waits, "PATIENCE", 0.05)
     BRANCHES.update(a=["x"], b=["two"])
     await moves.run("gather")
     RAN.clear()
@@ -161,7 +161,7 @@ async def test_a_sibling_is_waited_for_once_and_not_by_each_call_of_a_loop(monke
     BRANCHES.update(a=["gate", "x"], b=["two", *["x"] * 20, "open"])
     await asyncio.wait_for(moves.run("gather"), 30)
     assert RAN == ["x"] * 20
-    assert waits == 1
+    assert waited == 1
 
 
 def test_a_branch_that_never_started_leaves_its_records_to_others() -> None:
