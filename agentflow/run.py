@@ -22,7 +22,7 @@ from agentflow.calls import Call, Current, Here, here
 from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeout
 from agentflow.index import NS, Records, Row, Slot, in_key
 from agentflow.journal import Add, Drop, Fence, Op
-from agentflow.lease import holder, is_me, lease_seconds
+from agentflow.lease import holder, is_me
 from agentflow.places import Places
 from agentflow.records import PlanStep, moment
 from agentflow.settings import log, now
@@ -450,7 +450,7 @@ class Execution(Places):
         if lease is None:
             return
         now = time.time()
-        if not lease.lost and now - self._held > lease_seconds() / 2:
+        if not lease.lost and now - self._held > lease.seconds / 2:
             owner = holder(self.journal, lease.key)
             lease.lost = owner is None or owner.token != lease.token
             self._held = now
