@@ -366,6 +366,8 @@ class _Reach:
         ours = is_own_module(module) or name.partition(".")[0] == "agentflow"
         for attr in wanted or (shape.attrs if ours else ()):
             v = module.__dict__.get(attr, _ABSENT)
+            if v is _ABSENT and wanted and name.partition(".")[0] == "agentflow":
+                v = getattr(module, attr, _ABSENT)  # loads names when they are first used
             if v is not _ABSENT:
                 chains = [c for c in shape.chains if c.names[0] == attr]
                 self.deps.append((module.__dict__, attr, v))

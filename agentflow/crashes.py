@@ -310,6 +310,7 @@ class _Watch:
             (Txn, "apply", applied),
             (Writer, "_perform", performed),
             (Writer, "_transact", transacted),
+            (Writer, "add", lambda *_: False),  # each commit is a transaction, so that one can be killed inside it
             (Journal, "mark", marked),
         ]
         for owner, name, function in changes:

@@ -441,22 +441,24 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
 def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Generator[Effect, Any, None]:
     ex = call.ex
     given = call.given if len(call.given) <= 65536 else ""
-    if named := [extra for extra in call.extra_ops if isinstance(extra, str)]:
+    completed = head["status"] == "completed"
+    named: tuple[str, ...] = ()
+    if call.extra_ops and (named := tuple(extra for extra in call.extra_ops if isinstance(extra, str))):
         head["named"] = named[0]
     text = Row.compose(head, output, given)
     ops: list[Any] = [ex.records.record(slot, text)]
-    if head["status"] == "completed":
-        ops += [Add(extra, text) if isinstance(extra, str) else extra for extra in call.extra_ops]
-    else:
-        ops += [extra for extra in call.extra_ops if not isinstance(extra, str)]
+    for extra in call.extra_ops:
+        if not isinstance(extra, str):
+            ops.append(extra)
+        elif completed:
+            ops.append(Add(extra, text))
     if call.code is not None and ex.new_code(call.code.digest):
         ops.append(Add(f"c/{call.code.digest}", orjson.dumps(call.code.parts).decode()))
     if "prompts" in head:
         ops += ex.keep_prompts(head["prompts"])
     recorded = yield ("commit", ops, head.get("ai", False))
     ex.committed(slot)
-    claimed = 1 + (len(named) if head["status"] == "completed" else 0)
-    if (named or ex.scratch) and not all(recorded[:claimed]):
+    if (named or ex.scratch) and not all(recorded[: 1 + (len(named) if completed else 0)]):
         raise Overtaken
 
 

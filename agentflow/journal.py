@@ -28,7 +28,7 @@ from agentflow.reads import Reads
 from agentflow.spill import Spill
 from agentflow.store import DB_NAME, Add, Drop, Fence, Op, Put, Txn, connect, translate
 from agentflow.voice import log
-from agentflow.writer import Job, Writer, job_of
+from agentflow.writer import Job, Writer
 
 __all__ = ["DIGEST_VERSION", "LAYOUT_VERSION", "Add", "Drop", "Fence", "Journal", "Op", "Put", "Txn", "default_path"]
 
@@ -211,7 +211,9 @@ class Journal:
             JournalFull: the disk is full; earlier records are intact (not with ``paid``).
             JournalBusy: another process kept the write lock too long (not with ``paid``).
         """
-        job = job_of(ops, fence)
+        if not paid and fence is not None and (one := _single(ops)) and self._writer.add(one, fence):
+            return [True]
+        job = Job(lambda txn: txn.apply(ops), fence=fence)
         if not paid:
             return self._writer.run(job)
         pauses = self._insist(job)
@@ -241,7 +243,13 @@ class Journal:
 
         When the caller is cancelled while it waits, the commit still happens.
         """
-        job = job_of(ops, fence)
+        import asyncio
+
+        if not paid and fence is not None and (one := _single(ops)):
+            writer = self._writer
+            if writer.may_inline(asyncio.get_running_loop()) and writer.add(one, fence):
+                return [True]
+        job = Job(lambda txn: txn.apply(ops), fence=fence)
         if not paid:
             return await self._writer.arun(job)
         pauses = self._insist(job)
@@ -256,10 +264,8 @@ class Journal:
                 if pause is None:
                     log.warning("%s", error)
                     return self._keep(ops, fence)
-            from asyncio import sleep
-
             try:
-                await sleep(pause)
+                await asyncio.sleep(pause)
             except BaseException:
                 self._keep(ops, fence)
                 raise
@@ -333,6 +339,11 @@ class Journal:
     def clear_marks(self, run_id: str) -> None:
         """Remove the run's side file."""
         self._marks.clear(run_id)
+
+
+def _single(ops: Sequence[Op]) -> Add | None:
+    """The only op, if it adds a record."""
+    return op if len(ops) == 1 and isinstance(op := ops[0], Add) else None
 
 
 # -- opening ---------------------------------------------------------------------------------------

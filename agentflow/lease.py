@@ -178,17 +178,19 @@ class Lease:
     Attributes:
         key: the lease's row.
         token: its fencing token, higher than all before it.
+        seconds: how long it lasts without a sign of life, as it was when the lease was taken.
         lost: True once it is known that another process took over.
         on_lost: called, in whatever thread, when that becomes known; None calls nothing.
     """
 
-    __slots__ = ("_journal", "_row", "key", "lost", "on_lost", "token")
+    __slots__ = ("_journal", "_row", "key", "lost", "on_lost", "seconds", "token")
 
     def __init__(self, journal: Journal, key: str, row: Owner) -> None:
         self._journal = journal
         self._row = row
         self.key = key
         self.token = row.token
+        self.seconds = lease_seconds()
         self.lost = False
         self.on_lost: Callable[[], object] | None = None
 

@@ -21,7 +21,7 @@ from agentflow.calls import Call, Current, here
 from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeout
 from agentflow.index import NS, Row, Slot, in_key
 from agentflow.journal import Add, Drop, Fence, Journal, Op
-from agentflow.lease import holder, is_me, lease_seconds
+from agentflow.lease import holder, is_me
 from agentflow.places import Places
 from agentflow.settings import log, now
 from agentflow.words import moment
@@ -462,7 +462,7 @@ class Execution(Places):
         if lease is None:
             return
         now = time.time()
-        if not lease.lost and now - self._held > lease_seconds() / 2:
+        if not lease.lost and now - self._held > lease.seconds / 2:
             owner = holder(self.journal, lease.key)
             lease.lost = owner is None or owner.token != lease.token
             self._held = now

@@ -3,8 +3,8 @@
 How a commit travels: a *job* (ops with a fence, or a guarded function) runs at once in the thread that
 asks when nothing else is under way and SQLite's lock is free; otherwise it goes to one writer thread,
 which takes one job, drains what else is waiting into the same transaction, and so shares one fsync.
-There is no timer: a lone job is never delayed. A lone job that adds one record, which is what most steps
-commit, is a single statement. Refused jobs (a lost lease, a guarded function that
+There is no timer: a lone job is never delayed. A single new record, where nothing else is under way, is
+committed by a statement of its own (``add``). Refused jobs (a lost lease, a guarded function that
 raised) do not touch their neighbours; when the shared transaction itself fails, each job is tried alone.
 
 A crash before COMMIT returns loses the whole transaction; after it, nothing (WAL, synchronous FULL).
@@ -17,13 +17,13 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from agentflow.calls import current_task
 from agentflow.errors import JournalBusy, LeaseLost, UsageError
-from agentflow.store import SEQUENCE, Add, Fence, Op, Txn, add_alone, code_of, connect, translate
+from agentflow.store import SEQUENCE, Add, Fence, Txn, add_alone, code_of, connect, translate
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,13 +37,10 @@ _BUMP = "UPDATE Agentflow SET value = value + 1 WHERE key = 'commits'"
 class Job(Generic[T]):
     """One group of writes that happens entirely or not at all."""
 
-    __slots__ = (
-        *("add", "body", "committed", "done", "error", "fence", "future", "guarded", "on_orphan", "patience", "result"),
-    )
+    __slots__ = ("body", "committed", "done", "error", "fence", "future", "guarded", "on_orphan", "patience", "result")
 
     def __init__(self, body: Callable[[Txn], T], *, fence: Fence | None = None, guarded: bool = False) -> None:
         self.body = body
-        self.add: Add | None = None  # what the body does, if that is all
         self.fence = fence
         self.guarded = guarded
         self.committed = False
@@ -58,14 +55,6 @@ class Job(Generic[T]):
         if self.fence is not None:
             txn.check(self.fence)
         return self.body(txn)
-
-
-def job_of(ops: Sequence[Op], fence: Fence | None) -> Job[list[bool]]:
-    """The job that does these ops. A single Add under a lease is seen to be one."""
-    job = Job(lambda txn: txn.apply(ops), fence=fence)
-    if len(ops) == 1 and fence is not None and isinstance(op := ops[0], Add):
-        job.add = op
-    return job
 
 
 class LockHeld(Exception):
@@ -141,7 +130,7 @@ class Writer:
 
         self._refuse_nesting()
         loop = asyncio.get_running_loop()
-        if self._may_inline(loop):
+        if self.may_inline(loop):
             try:
                 return self._alone(job)
             except LockHeld:
@@ -157,7 +146,8 @@ class Writer:
                 raise
             raise CancelledAfterCommit(job.result) from None
 
-    def _may_inline(self, loop: asyncio.AbstractEventLoop) -> bool:
+    def may_inline(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether a coroutine's commit is best done in this very turn of its loop."""
         # Commits of several tasks in one turn of the loop are worth one shared fsync; commits that one
         # task makes one after the other cannot share any, and a thread hand-off would only cost time.
         task = current_task()
@@ -185,27 +175,28 @@ class Writer:
             raise UsageError(f"The journal {self.path.parent} is closed: open it again with Journal.open().")
 
     def _alone(self, job: Job[T]) -> T:
-        if job.add is not None and self._add(job):
-            return cast(T, job.result)
         self._transact([job], drain=False)
         if job.error is not None:
             raise job.error
         return cast(T, job.result)
 
-    def _add(self, job: Job[Any]) -> bool:
-        """Commit a job that adds one record. False, and nothing is done, where that takes a transaction to find out."""
-        assert job.add is not None and job.fence is not None
+    def add(self, op: Add, fence: Fence) -> bool:
+        """Commit one new record in a statement of its own, which is most of what steps commit.
+
+        False, and nothing is done, where it takes a transaction to find out what is the matter, or others are at work.
+        """
+        self._refuse_nesting()
+        if not self._queue.empty() or self._lock.locked():
+            return False
         with self._lock:
             if self.before is not None:
                 return False
             self._check()
-            con = self._ready()
             try:
-                if not add_alone(con, job.add, job.fence):
+                if not add_alone(self._ready(), op, fence):
                     return False
-            except sqlite3.Error as error:
-                raise self._refused(error) from error
-            job.committed, job.result = True, [True]
+            except sqlite3.Error:
+                return False  # a held lock, a full disk: the transaction meets it too, and deals with it
             self._committed(self.sequence + 1)
             return True
 
@@ -259,17 +250,14 @@ class Writer:
             con.execute("ROLLBACK")
         return con
 
-    def _refused(self, error: sqlite3.Error) -> Exception:
-        if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return LockHeld()
-        return translate(error, self.path)
-
     def _begin(self) -> sqlite3.Connection:
         con = self._ready()
         try:
             con.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            raise self._refused(error) from error
+            if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise LockHeld from None
+            raise translate(error, self.path) from error
         except BaseException:
             if con.in_transaction:
                 con.execute("ROLLBACK")

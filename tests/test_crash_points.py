@@ -144,10 +144,15 @@ def test_a_model_without_a_script_is_refused() -> None:
 async def test_it_works_inside_a_running_loop_and_after_threads_were_used() -> None:
     @workflow
     async def plain(ctx: Any, n: int) -> int:
-        return await step("double", lambda: 2 * n)
+        for name in ("first", "double"):
+            result = await step(name, lambda: 2 * n)
+        return result
 
     assert await plain.run(2) == 4  # leaves an idle worker thread behind, which no child has
-    assert crash_points(plain, 21).value == 42
+    found = crash_points(plain, 21)
+    assert found.value == 42
+    for moment in ("before", "after"):  # the record of a plain step, which is committed in a way of its own elsewhere
+        assert any(f"{moment} the commit of 'double'" in point for point in found.points), found.points
     assert await plain.run(3) == 6
 
 

@@ -458,7 +458,7 @@ def slow_commit(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threa
 
     monkeypatch.setattr(Writer, "_submit", submitting)
     monkeypatch.setattr(Writer, "_transact", transacting)
-    monkeypatch.setattr(Writer, "_may_inline", lambda self, loop: False)
+    monkeypatch.setattr(Writer, "may_inline", lambda self, loop: False)
     return under_way, go_on
 
 
