@@ -153,8 +153,8 @@ def _redact(text: str, environment: list[tuple[str, str]]) -> str:
 
 
 def _redact_once(text: str, environment: list[tuple[str, str]]) -> str:
-    # Letters outside ASCII can stand for others where case is ignored: then only the patterns know.
-    small = text.lower() if text.isascii() else None
+    # Three letters outside ASCII count as s or i where case is ignored; the Kelvin sign has k as its small letter.
+    small = text.replace("\u0130", "i").lower().replace("\u017f", "s").replace("\u0131", "i")
     for key in _KEYS:
         text = _mask(key, f"[redacted:{key[0]}]", text, small)
     # before the patterns below, which could cut such a value in two
@@ -169,8 +169,8 @@ def _redact_once(text: str, environment: list[tuple[str, str]]) -> str:
     return text
 
 
-def _mask(pattern: _Pattern, mask: str | Callable[[re.Match[str]], str], text: str, small: str | None) -> str:
-    if small is not None and not any(word in small for word in pattern[1]):
+def _mask(pattern: _Pattern, mask: str | Callable[[re.Match[str]], str], text: str, small: str) -> str:
+    if not any(word in small for word in pattern[1]):
         return text
     return _compiled(pattern[2]).sub(mask, text)
 
