@@ -414,6 +414,21 @@ def test_a_model_call_is_recognised_however_it_is_reached(source, monkeypatch):
     assert code_of(compiled(source, af=af, generate_content=af.generate_content)).reaches_model
 
 
+@pytest.mark.parametrize("package", ["agentflow", "agentflow.sync"])
+def test_a_model_call_imported_inside_the_function_is_recognised_before_anything_has_loaded_it(package):
+    program = (
+        f"import sys, {package}\n"
+        "from agentflow.codedigest import code_of\n"
+        "def ask():\n"
+        f"    from {package} import generate_content\n"
+        "    return generate_content('x')\n"
+        "assert 'agentflow.aicall' not in sys.modules\n"
+        "assert code_of(ask).reaches_model\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_code_without_a_model_call_is_not_an_ai_step():
     af = model_module()
     source = "def unused(): return af.generate_content('x')\ndef f(): return 'generate_content'"

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -166,3 +168,35 @@ def test_a_megabyte_without_separators_is_read_once():
         started = time.process_time()
         redact(text)
         assert time.process_time() - started < 60
+
+
+@pytest.mark.parametrize("text", ["{} · completed", "ſ {}", "· {} ·\n", "naïve {}"])
+@pytest.mark.parametrize(("name", "secret"), [(n, s) for n, many in SECRETS.items() for s in many])
+def test_a_secret_is_masked_whatever_letters_stand_beside_it(text, name, secret):
+    assert redact(text.format(secret)) == text.format(f"[redacted:{name}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("paſſword=k9-secret-value", "paſſword=[redacted:paſſword]"),
+        ("api_\u212aey=k9-secret-value", "api_\u212aey=[redacted:api-key]"),
+        ("AP\u0130_KEY: k9-secret-value", "AP\u0130_KEY: [redacted:api-key]"),
+        ("authorization: bas\u0131c dXNlcjpwYXNz", "authorization: bas\u0131c [redacted:authorization]"),
+    ],
+)
+def test_letters_that_count_as_others_where_case_is_ignored_do_not_hide_a_name(text, masked):
+    assert redact(text) == masked
+
+
+def test_a_line_that_holds_nothing_secret_compiles_no_pattern():
+    program = (
+        "import re\n"
+        "from agentflow.redact import redact\n"
+        "def compiled(*args): raise AssertionError(args)\n"
+        "re.compile = compiled\n"
+        "line = 'report-3f9a · completed · 5 steps: 4 replayed, 1 run · paid $0.0021, saved $0.0143'\n"
+        "assert redact(line) == line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
