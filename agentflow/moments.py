@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import orjson
 
 from agentflow.calls import Call
 from agentflow.capture import data_digest
-from agentflow.compare import Difference, differences
 from agentflow.digests import blake2b
 from agentflow.files import shortened
 from agentflow.index import GIVEN, NS, Row, short
 from agentflow.journal import Add, Drop, Op
 from agentflow.reuse import _MOMENT, _accidents, _known
+
+if TYPE_CHECKING:
+    from agentflow.compare import Difference
 
 _LONGEST = 65_536  # characters, as for records: what was given beyond that is not kept
 
@@ -80,6 +82,8 @@ def _like(
     for row in sorted(rows.values(), key=lambda row: (row.head["branch"] != branch, row.head["s0"])):
         if row.head["epoch"] != call.here.epoch:
             continue
+        from agentflow.compare import differences
+
         diffs = differences(
             # What the tools of a conversation hold may have been edited since; its turns are named by its request too.
             orjson.dumps(_request(row.given)).decode(),

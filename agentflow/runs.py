@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from agentflow import purge as purge_
 from agentflow import rundocs
 from agentflow.durations import Duration
 from agentflow.handles import Run
 from agentflow.scratch import open_journal
+
+if TYPE_CHECKING:
+    from agentflow.purge import Purged
 
 
 def list(*, status: str | None = None, workflow: str | None = None, limit: int | None = None) -> builtins.list[Run]:
@@ -50,7 +53,7 @@ def purge(
     status: str | Sequence[str] | None = None,
     workflow: str | None = None,
     dry_run: bool = False,
-) -> purge_.Purged:
+) -> Purged:
     """Remove the records of runs that have ended long ago. What they paid for is forgotten with them.
 
     Results that an ``idempotency_key`` names and the vectors of ``embed`` stay, whichever run made them. Runs that a
@@ -67,4 +70,6 @@ def purge(
     Returns:
         ``Purged``: ``runs`` (ids), ``rows``, ``kept`` (ids that stay although they are old enough, with the reason).
     """
+    from agentflow import purge as purge_
+
     return purge_.purge(open_journal(), older_than=older_than, status=status, workflow=workflow, dry_run=dry_run)

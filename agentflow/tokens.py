@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +111,8 @@ def _is_here(name: str) -> bool:
     if folder is None:
         folder = os.environ.get("DATA_GYM_CACHE_DIR")
     if folder is None:
+        import tempfile
+
         folder = str(Path(tempfile.gettempdir()) / "data-gym-cache")
     if not folder:
         return False  # an empty name switches the cache off

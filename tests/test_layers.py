@@ -270,6 +270,13 @@ def test_an_async_step_needs_nothing_of_models_and_people(tmp_path: Path) -> Non
         assert loaded(ASYNC_WORKFLOW.format(n=n), tmp_path / "journal", NOT_FOR_AN_ASYNC_STEP + HEAVY)[0] == []
 
 
+def test_the_main_names_load_nothing_that_few_programs_need(tmp_path: Path) -> None:
+    program = "from agentflow import generate_content, human_task, runs, step, workflow\nruns.list()"
+    rare = ["email", "tempfile", "agentflow.compare", "agentflow.leftover", "agentflow.purge", "agentflow.redo"]
+    loaded(program, tmp_path / "journal", [])
+    assert loaded(program, tmp_path / "journal", rare + HEAVY)[0] == []
+
+
 @pytest.mark.parametrize(
     "before, after, said",
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import hashlib
 import json
 import os
@@ -467,6 +466,8 @@ def retry_after(headers: Any) -> float | None:
             continue
         if 0 <= value < float("inf"):
             return value
+    import email.utils
+
     date = email.utils.parsedate_tz(headers.get("retry-after", ""))
     if date is None:
         return None
