@@ -13,7 +13,7 @@ Paths (``args[0].items[3].price``) are derived from the text, never stored.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import dataclasses
 import datetime as dt
 import decimal
@@ -45,11 +45,13 @@ _CONSUMED = (
     types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter, zip, enumerate, reversed
 )  # fmt: skip
 _MISSING: Any = object()
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 
 def short_digest(data: bytes) -> str:
     """22 characters ``[A-Za-z0-9_-]``: BLAKE2b, 16 bytes."""
-    return base64.urlsafe_b64encode(hashlib.blake2b(data, digest_size=16).digest())[:22].decode()
+    raw = hashlib.blake2b(data, digest_size=16).digest()
+    return binascii.b2a_base64(raw, newline=False)[:22].translate(_URL_SAFE).decode()
 
 
 def bare_name(obj: Any) -> str:
@@ -68,6 +70,17 @@ def marked(obj: Any, mark: str) -> bool:
 
 def dumps(tree: Any) -> bytes:
     return orjson.dumps(tree, option=orjson.OPT_SORT_KEYS)
+
+
+def atoms_text(name: str, values: Sequence[Any]) -> bytes | None:
+    """The text of ``{name: [...]}`` where the values are text, numbers, booleans and None as JSON has them, or None."""
+    if not _ATOMS.issuperset(map(type, values)):
+        return None
+    try:
+        out = dumps({name: values})
+    except TypeError:  # big integers, lone surrogates
+        return None
+    return out if len(out) <= LONG else None
 
 
 def _is_plain(value: Any) -> bool:

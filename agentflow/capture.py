@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agentflow.bytecode import free_values, shape_of
-from agentflow.canonical import UNSET, Encoder, cell_value, dumps, marked, short_digest
+from agentflow.canonical import UNSET, Encoder, atoms_text, cell_value, dumps, marked, short_digest
 from agentflow.codedigest import code_of, in_notebook, is_data, is_own_class, is_own_file
 from agentflow.errors import UsageError
 
@@ -58,25 +58,20 @@ class Capture:
         is_async: whether calling the function gives an awaitable. A plain function that returns one is not known here.
     """
 
-    __slots__ = ("_again", "_mutable", "_variables", "digest", "is_async", "names", "opaque", "text")
+    __slots__ = ("_given", "_mutable", "_variables", "digest", "is_async", "names", "opaque", "text")
 
-    def __init__(
-        self,
-        out: bytes,
-        encoder: Encoder,
-        names: tuple[str, ...],
-        variables: tuple[_Variable, ...],
-        is_async: bool,
-        again: Callable[[], bytes],
-    ) -> None:
+    def __init__(self, given: _Given) -> None:
+        out, opaque, self._mutable = given.encode()
         self.text = out.decode()
         self.digest = short_digest(out)
-        self.opaque: tuple[str, ...] = _opaque(self.text) if encoder.opaque else ()
-        self.names = names
-        self.is_async = is_async
-        self._mutable = encoder.mutable
-        self._variables = variables
-        self._again = again
+        self.opaque: tuple[str, ...] = _opaque(self.text) if opaque else ()
+        self.is_async = given.is_async
+        self.names: tuple[str, ...] = ()
+        self._variables: tuple[_Variable, ...] = ()
+        if given.cells or given.globals:
+            self.names = tuple(name for name, _ in given.cells)
+            self._variables = (*((name, cell, cell_value(cell)) for name, cell in given.cells), *given.globals)
+        self._given = given
 
     def rebound(self) -> str | None:
         """Name of a captured variable that holds something else now than when the call was made, or None."""
@@ -97,7 +92,7 @@ class Capture:
         if not self._mutable:
             return ()
         try:
-            out = self._again()
+            out = self._given.encode(lenient=True)[0]
         except Exception:  # the step is done and may have been paid for: what it left behind must not undo that
             return ()
         if short_digest(out) == self.digest:
@@ -120,11 +115,7 @@ def capture(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None 
         UsageError: ``fn`` is a coroutine, an async generator function or not callable; a generator or coroutine is
             among what is given.
     """
-    given = _Given(fn, tuple(args), dict(kwargs) if kwargs else {})
-    encoder, out = given.encode()
-    names = tuple(n for n, _ in given.cells)
-    variables = (*((name, cell, cell_value(cell)) for name, cell in given.cells), *given.globals)
-    return Capture(out, encoder, names, variables, given.is_async, lambda: given.encode(lenient=True)[1])
+    return Capture(_Given(fn, tuple(args), dict(kwargs) if kwargs else {}))
 
 
 def _by_parameter(
@@ -137,6 +128,8 @@ def _by_parameter(
     """
     code, usual, named = fn.__code__, fn.__defaults__ or (), fn.__kwdefaults__
     count = code.co_argcount - owned
+    if not (usual or named or kwargs) and len(args) >= count:
+        return args, kwargs
     first = count - len(usual)  # the first parameter with a default
     if len(args) < count:
         if kwargs:
@@ -162,6 +155,11 @@ def _by_parameter(
 
 class _Given:
     """A call taken apart: partials flattened, wrappers of libraries unwrapped, ``self`` set aside."""
+
+    __slots__ = (
+        "args", "cells", "function", "globals", "is_async", "kwargs", "other", "owner", "root", "root_args",
+        "root_kwargs",
+    )  # fmt: skip
 
     def __init__(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.root, self.root_args, self.root_kwargs = fn, args, kwargs
@@ -208,11 +206,13 @@ class _Given:
             raise UsageError(
                 f"{fn.__name__} is an async generator: a step returns one value; collect the items and return a list"
             )
-        self.is_async = bool(flags & _ASYNC) or "_is_coroutine_mark" in fn.__dict__  # inspect.markcoroutinefunction
-        while hasattr(fn, "__wrapped__") and not is_own_file(fn.__code__.co_filename):
-            fn = fn.__wrapped__
-            if type(fn) is not types.FunctionType:
-                return
+        self.is_async = bool(flags & _ASYNC)
+        if fn.__dict__:
+            self.is_async = self.is_async or "_is_coroutine_mark" in fn.__dict__  # inspect.markcoroutinefunction
+            while hasattr(fn, "__wrapped__") and not is_own_file(fn.__code__.co_filename):
+                fn = fn.__wrapped__
+                if type(fn) is not types.FunctionType:
+                    return
         self.function = fn
         self.args, self.kwargs = _by_parameter(fn, self.owner is not None, args, kwargs)
         if fn.__name__ == "<lambda>" and in_notebook(fn):
@@ -226,7 +226,11 @@ class _Given:
                 if not marked(cell_value(by_name[n]), "__agentflow_context__")
             ]  # fmt: skip
 
-    def encode(self, lenient: bool = False) -> tuple[Encoder, bytes]:
+    def encode(self, lenient: bool = False) -> tuple[bytes, bool, bool]:
+        """The canonical text; whether something in it has no data form; whether anything can change in place."""
+        alone = not (self.kwargs or self.cells or self.globals) and self.owner is None and self.other is None
+        if alone and self.args and (text := atoms_text("args", self.args)) is not None:
+            return text, False, False
         encoder = Encoder(is_own_class, self._attrs, free_values, lenient)
         fn, enc = self.function, encoder.encode
         parts: dict[str, Any] = {}
@@ -243,7 +247,8 @@ class _Given:
                 parts["free"] = [enc(cell_value(c)) for _, c in self.cells]
             if self.globals:
                 parts["globals"] = {n: enc(known.get(n, UNSET)) for n, known, _ in self.globals}
-        return encoder, dumps({k: v for k, v in parts.items() if v})
+        text = dumps({k: v for k, v in parts.items() if v})
+        return text, encoder.opaque, encoder.mutable
 
     def _attrs(self) -> frozenset[str] | None:
         return code_of(self.root, self.root_args, self.root_kwargs).attrs

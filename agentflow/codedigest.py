@@ -29,6 +29,7 @@ _UNNAMED = {"__del__", "__eq__", "__ne__", "__hash__", "__reduce__", "__reduce_e
 _UNNAMED |= {"__annotate__", "__annotate_func__"}
 _ABSENT: Any = object()
 _SIMPLE = (str, int, float, bool, bytes, complex, type(None))
+_SIMPLE_TYPES = frozenset(_SIMPLE)
 
 
 def _no_prompt(name: str) -> str | None:
@@ -518,20 +519,25 @@ def code_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = N
     Functions among ``args`` and ``kwargs``, in partials and captured variables are reached too. Their values are not
     part of the code: they are given. What was resolved is remembered and only checked the next time.
     """
-    roots = roots_of(fn, args, kwargs)
-    key: list[int] = []
-    held: list[Any] = []
-    for r in roots:
-        if type(r) is types.FunctionType:
-            key += (id(r.__code__), id(r.__globals__))
-            held += (r, r.__globals__)
-        else:
-            key.append(id(r))
-            held.append(r)
-    index = tuple(key)
+    if (
+        type(fn) is types.FunctionType
+        and not (kwargs or fn.__defaults__ or fn.__closure__ or fn.__dict__)
+        and _SIMPLE_TYPES.issuperset(map(type, args))
+    ):
+        roots: list[Any] = [fn]  # what roots_of finds: nothing else is given that could be code
+        index: tuple[int, ...] = (id(fn.__code__), id(fn.__globals__))
+    else:
+        roots = roots_of(fn, args, kwargs)
+        key: list[int] = []
+        for r in roots:
+            key += (id(r.__code__), id(r.__globals__)) if type(r) is types.FunctionType else (id(r),)
+        index = tuple(key)
     known = _known.get(index)
     if known is not None and known.still():
         return known.code
+    held: list[Any] = []
+    for r in roots:
+        held += (r, r.__globals__) if type(r) is types.FunctionType else (r,)
     forget = _known.pop
     held = [
         weakref.ref(h.__code__, lambda _: forget(index, None)) if type(h) is types.FunctionType else h for h in held

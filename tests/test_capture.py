@@ -562,8 +562,22 @@ def test_what_a_step_leaves_behind_never_makes_it_fail():
 
 def test_nothing_mutable_given_means_nothing_to_compare(monkeypatch):
     c = capture(use, (1, "a", (2, None)))
-    monkeypatch.setattr(c, "_again", lambda: pytest.fail("compared"))
+    monkeypatch.setattr(type(c._given), "encode", lambda *_, **__: pytest.fail("compared"))
     assert c.mutated() == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "~tuple", 'a"b\\c\n', "é", "\ud800", "x" * 65_536, "x" * 65_537, "é" * 40_000, "é" * 65_537, True, None, 0, -1,
+        2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 1.5, float("nan"), float("inf"), [1], {"a": None},
+    ],
+    ids=lambda value: repr(value)[:12],
+)  # fmt: skip
+def test_a_plain_argument_is_written_as_anywhere_else(value):
+    for args in ((value, 1), ("a", value, 1), (2.5, value, 1)):
+        written = ",".join(data_text(v) for v in args)
+        assert capture(lambda *a: a, args).text == f'{{"args":[{written}]}}'
 
 
 def test_many_dicts_are_captured_in_c():
