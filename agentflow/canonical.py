@@ -60,12 +60,25 @@ def bare_name(obj: Any) -> str:
     return cast(str, name).rpartition("<locals>.")[2]
 
 
+_marks: dict[type, frozenset[str]] = {}
+
+
+def _marks_of(cls: type) -> frozenset[str]:
+    """The marks that a class, with those it is derived from, was written with. Kept: it is asked for at every call."""
+    names = {name for c in cls.__mro__ for name in c.__dict__ if name.startswith("__agentflow_")}
+    if len(_marks) >= 4096:
+        _marks.clear()
+    _marks[cls] = found = frozenset(name for name in names if getattr(cls, name, None) is True)
+    return found
+
+
 def marked(obj: Any, mark: str) -> bool:
     """Whether ``obj`` or its type carries ``mark = True``, without triggering ``__getattr__``."""
-    own = getattr(type(obj), mark, None) is True
-    return own or (
-        isinstance(d := getattr(obj, "__dict__", None), (dict, types.MappingProxyType)) and d.get(mark) is True
-    )
+    marks = _marks.get(type(obj))
+    if mark in (_marks_of(type(obj)) if marks is None else marks):
+        return True
+    d = getattr(obj, "__dict__", None)
+    return d is not None and isinstance(d, (dict, types.MappingProxyType)) and d.get(mark) is True
 
 
 def dumps(tree: Any) -> bytes:
@@ -219,10 +232,16 @@ class Encoder:
         fields = {}
         for key, value in values.items():
             tree, usual = self.encode(value), default(key)
-            if usual is not _MISSING and (value is usual or dumps(tree) == dumps(self._default_tree(usual))):
+            if usual is not _MISSING and (value is usual or self._same(value, tree, usual)):
                 continue
             fields[key] = tree
         return {"~obj": [name, fields]}
+
+    def _same(self, value: Any, tree: Any, usual: Any) -> bool:
+        t = type(usual)
+        if t in _ATOMS and type(value) in _ATOMS:
+            return type(value) is t and bool(value == usual)
+        return dumps(tree) == dumps(self._default_tree(usual))
 
     def _default_tree(self, usual: Any) -> Any:
         return Encoder(self._own, self._attrs, self._free, lenient=True).encode(usual)
@@ -247,7 +266,7 @@ class Encoder:
             return self._function(v)
         if dataclasses.is_dataclass(v):
             known = {f.name: f for f in dataclasses.fields(v)}
-            values = {n: getattr(v, n) for n in known if hasattr(v, n)}
+            values = {n: x for n in known if (x := getattr(v, n, _MISSING)) is not _MISSING}
             return self._fields(bare_name(t), values, lambda n: _default(known[n].default, known[n].default_factory))
         if isinstance(model := getattr(t, "__pydantic_fields__", None), dict) and isinstance(
             getattr(v, "__dict__", None), dict
@@ -384,10 +403,10 @@ def _bytes(v: Any) -> Any:
 
 
 def _default(value: Any, factory: Any) -> Any:
-    if factory in (list, dict, set, tuple, str, int, float, bool, frozenset):
-        return factory()  # other factories may read a clock: their fields always count
-    undefined = factory not in (None, dataclasses.MISSING) or value is dataclasses.MISSING
-    return _MISSING if undefined or type(value).__name__ == "PydanticUndefinedType" else value
+    if factory is not None and factory is not dataclasses.MISSING:
+        # Other factories may read a clock: their fields always count.
+        return factory() if factory in (list, dict, set, tuple, str, int, float, bool, frozenset) else _MISSING
+    return _MISSING if value is dataclasses.MISSING or type(value).__name__ == "PydanticUndefinedType" else value
 
 
 def _attrs_default(value: Any) -> Any:

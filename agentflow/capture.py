@@ -20,7 +20,7 @@ from typing import Any
 
 from agentflow.bytecode import free_values, shape_of
 from agentflow.canonical import UNSET, Encoder, atoms_text, cell_value, dumps, marked, short_digest
-from agentflow.codedigest import code_of, in_notebook, is_data, is_own_class, is_own_file
+from agentflow.codedigest import Code, code_of, in_notebook, is_data, is_own_class, is_own_file
 from agentflow.errors import UsageError
 
 __all__ = ["Capture", "capture", "data_digest", "data_text"]
@@ -72,6 +72,14 @@ class Capture:
             self.names = tuple(name for name, _ in given.cells)
             self._variables = (*((name, cell, cell_value(cell)) for name, cell in given.cells), *given.globals)
         self._given = given
+
+    @property
+    def code(self) -> Code:
+        """The function's code when the call was taken down, where that had to look at it; else when first asked for."""
+        given = self._given
+        if given.code is None:
+            given.code = code_of(given.root, given.root_args, given.root_kwargs)
+        return given.code
 
     def rebound(self) -> str | None:
         """Name of a captured variable that holds something else now than when the call was made, or None."""
@@ -157,12 +165,13 @@ class _Given:
     """A call taken apart: partials flattened, wrappers of libraries unwrapped, ``self`` set aside."""
 
     __slots__ = (
-        "args", "cells", "function", "globals", "is_async", "kwargs", "other", "owner", "root", "root_args",
+        "args", "cells", "code", "function", "globals", "is_async", "kwargs", "other", "owner", "root", "root_args",
         "root_kwargs",
     )  # fmt: skip
 
     def __init__(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.root, self.root_args, self.root_kwargs = fn, args, kwargs
+        self.code: Code | None = None
         self.owner: Any = None
         self.function: types.FunctionType | None = None
         self.cells: list[tuple[str, types.CellType]] = []
@@ -251,4 +260,7 @@ class _Given:
         return text, encoder.opaque, encoder.mutable
 
     def _attrs(self) -> frozenset[str] | None:
-        return code_of(self.root, self.root_args, self.root_kwargs).attrs
+        code = code_of(self.root, self.root_args, self.root_kwargs)
+        if self.code is None:
+            self.code = code
+        return code.attrs

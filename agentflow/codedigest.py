@@ -172,7 +172,7 @@ def roots_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = 
 
 def _inner(v: Any) -> Any:
     """The user's function inside an object that agentflow made of it."""
-    if any(marked(v, f"__agentflow_{kind}__") for kind in ("step", "tool", "workflow")):
+    if marked(v, "__agentflow_step__") or marked(v, "__agentflow_tool__") or marked(v, "__agentflow_workflow__"):
         return getattr(v, "fn", None)
     return None
 

@@ -109,7 +109,8 @@ def process(call: Call) -> Process:
         return (yield from _keyed(call))
     if ex.scratch:
         return (yield from _claimed(call))
-    row = yield from find(call)
+    slot = call.slot  # set if the call has claimed its record already
+    row = judge(call, slot) if slot is not None else (yield from find(call))
     if row is not None:
         return ex.deliver(call, row)
     return (yield from _run(call))

@@ -52,14 +52,16 @@ class Row:
 
     @property
     def head(self) -> dict[str, Any]:
-        if self._head is None:
-            self._head = orjson.loads(self.text[: self.text.index("\n")])
-        return self._head
+        head = self._head
+        if head is None:
+            head = self._head = orjson.loads(self.text[: self.text.index("\n")])
+        return head
 
     @property
     def output(self) -> str:
-        start = self.text.index("\n") + 1
-        return self.text[start : self.text.index("\n", start)]
+        text = self.text
+        start = text.index("\n") + 1
+        return text[start : text.index("\n", start)]
 
     @property
     def given(self) -> str:
@@ -194,14 +196,9 @@ class Records:
             return known.get(place)
         return known if known.place == place else None
 
-    def same(self, ident: str) -> str:
-        """The ident as it is held already: one string for all who keep it, in runs of many steps."""
-        known = self._by_ident.get(ident)
-        return known.ident if type(known) is Slot else ident
-
-    def repeated(self, ident: str) -> bool:
-        """Whether more than one place has this ident."""
-        return isinstance(self._by_ident.get(ident), dict)
+    def places(self, ident: str) -> Slot | dict[str, Slot] | None:
+        """The slot of an ident; where more than one place has it, the slots by place."""
+        return self._by_ident.get(ident)
 
     def named(self, ns: str) -> list[Slot]:
         """All slots of one name in one scope."""

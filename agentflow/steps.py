@@ -13,7 +13,6 @@ import orjson
 from agentflow.calls import ON_CHANGE, PLAIN, Call, Options, here
 from agentflow.canonical import dumps, short_digest
 from agentflow.capture import capture
-from agentflow.codedigest import code_of
 from agentflow.drive import branch_label, coroutine_label
 from agentflow.durations import Duration, seconds
 from agentflow.errors import BudgetExceeded, StepTimeout, UsageError
@@ -112,7 +111,7 @@ def make_call(
     call = Call(ex, name, fn, args, kwargs, options, kind)
     call.started = True
     call.capture = captured
-    call.code = code_of(fn, args, kwargs)
+    call.code = captured.code
     call.given, call.digest = captured.text, captured.digest
     if also is not None:
         given = dumps({**orjson.loads(captured.text), **also})
