@@ -76,7 +76,7 @@ class Here:
         self.epoch = epoch
         self.outer = outer
         self.task = task
-        self.repeats: dict[str, int] = {}
+        self.repeats: dict[str, int] | None = None
         self.key = ""
 
     def after(self, pred: str) -> Here:
@@ -328,10 +328,8 @@ class Call(Coroutine[Any, Any, Any]):
 
 def current_task() -> asyncio.Task[Any] | None:
     """The running asyncio task, or None outside an event loop."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
+    loop = asyncio._get_running_loop()  # None where there is none, and no exception made for nothing
+    return None if loop is None else asyncio.current_task(loop)
 
 
 def stop_clocks() -> list[tuple[Any, float]]:

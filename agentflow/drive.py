@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import gc
 import inspect
 import time
@@ -322,7 +323,7 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
                 ex.tasks[task] = label
                 if at.outer is not None:
                     ex.around_tasks[task] = at.outer
-            task.add_done_callback(lambda done: ended(ex, place, label, done))
+            task.add_done_callback(functools.partial(ended, ex, place, label))
         return task
 
     def ended(ex: Execution, place: Here, label: str, task: Any) -> None:

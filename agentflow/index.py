@@ -120,36 +120,38 @@ class Records:
 
     def load(self, under: str = "") -> None:
         """Read the keys below ``under`` (an ns, or an ident); all of the run by default."""
+        begin = len(self.prefix)
         for key, rowid in self.journal.keys(self.prefix + under):
-            self._enter(key, rowid)
-
-    def _enter(self, key: str, rowid: int) -> None:
-        ident, _, rest = key[len(self.prefix) :].partition("/")
-        place, _, version = rest.rpartition(".")
-        version, _, gone = version.partition("!")
-        slot = self.at(ident, place)
-        if slot is None:
-            slot = self.add(Slot(ident, place))
-        number = int(version)
-        if gone:
-            if slot.gone is None:
-                slot.gone = {}
-            slot.gone[number] = gone
-        else:
-            slot.n = max(slot.n, number)
-            slot.rowid = rowid
+            ident, _, rest = key[begin:].partition("/")
+            place, _, version = rest.rpartition(".")
+            slot = self.at(ident, place)
+            if slot is None:
+                slot = self.add(Slot(ident, place))
+            if "!" not in version:
+                slot.n = max(slot.n, int(version))
+                slot.rowid = rowid
+            else:
+                version, _, gone = version.partition("!")
+                if slot.gone is None:
+                    slot.gone = {}
+                slot.gone[int(version)] = gone
 
     def add(self, slot: Slot) -> Slot:
-        known = self._by_ident.get(slot.ident)
+        ident = slot.ident
+        known = self._by_ident.get(ident)
         if known is None:
-            self._by_ident[slot.ident] = slot
+            self._by_ident[ident] = slot
         elif isinstance(known, dict):
             known[slot.place] = slot
         else:
-            self._by_ident[slot.ident] = {known.place: known, slot.place: slot}
-        ns = slot.ident[:NS]
-        self._by_ns.setdefault(ns, []).append(slot)
-        self._free[ns] = self._free.get(ns, 0) + 1
+            self._by_ident[ident] = {known.place: known, slot.place: slot}
+        ns = ident[:NS]
+        named = self._by_ns.get(ns)
+        if named is None:
+            self._by_ns[ns], self._free[ns] = [slot], 1
+        else:
+            named.append(slot)
+            self._free[ns] += 1
         return slot
 
     def claim(self, slot: Slot, how: bool | str = True) -> None:

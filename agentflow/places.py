@@ -66,8 +66,11 @@ class Places:
         known = self.records.places(ident)
         if isinstance(known, Slot):
             ident = known.ident  # one string for all who keep it, in runs of many steps
-        repeat = place.repeats.get(ident, 0)
-        place.repeats[ident] = repeat + 1
+        if place.repeats is None:
+            place.repeats, repeat = {ident: 1}, 0
+        else:
+            repeat = place.repeats.get(ident, 0)
+            place.repeats[ident] = repeat + 1
         if not place.key:
             place.key = short(place.branch, BRANCH)
         at = call.place = f"{place.key}{short(place.pred, PRED)}-{repeat:x}"

@@ -37,6 +37,7 @@ _OPTIONS = (
     "max_age",
     "thread",
 )
+_NO_KWARGS: dict[str, Any] = {}  # one for all calls, never changed
 _HINTS = {
     "retries": "retry=Retry(max_attempts=3)",
     "maxAttempts": "retry=Retry(max_attempts=3)",
@@ -289,7 +290,7 @@ def entry(name: Any, fn: Any, args: tuple[Any, ...], options: dict[str, Any], st
             return Decorating(None, PLAIN, start)(name)
     if fn is None:
         raise UsageError(f'step({name!r}, ...): give a name and a function: step("fetch", fetch, url).')
-    return start(make_call(name, fn, args, {}, options_of(options, f"step {name!r}") if options else PLAIN))
+    return start(make_call(name, fn, args, _NO_KWARGS, options_of(options, f"step {name!r}") if options else PLAIN))
 
 
 class _Parallel:

@@ -562,7 +562,7 @@ def test_what_a_step_leaves_behind_never_makes_it_fail():
 
 def test_nothing_mutable_given_means_nothing_to_compare(monkeypatch):
     c = capture(use, (1, "a", (2, None)))
-    monkeypatch.setattr(type(c._given), "encode", lambda *_, **__: pytest.fail("compared"))
+    monkeypatch.setattr(type(c), "_encode", lambda *_, **__: pytest.fail("compared"))
     assert c.mutated() == ()
 
 
