@@ -195,6 +195,8 @@ class Places:
 
     def in_branch(self, call: Call) -> Slot | None:
         """An unclaimed record of the same ident in the same branch: steps were inserted, moved or removed."""
+        if self.records.places(call.ident) is None:
+            return None
         branch = short(call.here.branch, BRANCH)
         return self._own_code(call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch))
 
@@ -273,11 +275,11 @@ class Places:
         slot = call.slot
         if slot is None:
             place = call.place
-            suffix = 0
-            while self.records.at(call.ident, place) is not None:
-                suffix += 1
-                place = f"{call.place}x{suffix:x}"
-            if suffix or self.records.slots(call.ident):
+            if self.records.places(call.ident) is not None:
+                suffix = 0
+                while self.records.at(call.ident, place) is not None:
+                    suffix += 1
+                    place = f"{call.place}x{suffix:x}"
                 self.name_apart(call)
             slot = call.slot = self.records.add(Slot(call.ident, place))
             self.take(call, slot)

@@ -127,7 +127,7 @@ class Execution(Places):
     _uuids: dict[str, list[int]] | None = None
     _starts: list[tuple[str, list[int]]] | None = None
     _late: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    _held: float = field(default_factory=time.time)
+    _look_again: float = field(default_factory=lambda: time.time() + lease_seconds() / 2)
     _prompts: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -454,10 +454,10 @@ class Execution(Places):
         if lease is None:
             return
         now = time.time()
-        if not lease.lost and now - self._held > lease_seconds() / 2:
+        if not lease.lost and now > self._look_again:
             owner = holder(self.journal, lease.key)
             lease.lost = owner is None or owner.token != lease.token
-            self._held = now
+            self._look_again = now + lease_seconds() / 2
         if lease.lost:
             raise LeaseLost(f"run {self.run_id} was taken over by another process; nothing more is run here.")
 
