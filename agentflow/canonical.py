@@ -40,6 +40,7 @@ LONG = 64 * 1024
 
 _CHUNK, _DEEPEST = 40, 120  # orjson nests 254 deep and one level takes up to three; Python's own stack ends near 1000
 _ATOMS = {str, int, bool, type(None)}
+_TEXT = {str}
 _PLAIN = _ATOMS | {float, list, dict}
 _CONSUMED = (
     types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter, zip, enumerate, reversed
@@ -60,16 +61,28 @@ def bare_name(obj: Any) -> str:
     return cast(str, name).rpartition("<locals>.")[2]
 
 
+_KINDS = ("model_call", "prompt_loader", "context", "step", "tool", "workflow")
+MARKS = frozenset(f"__agentflow_{kind}__" for kind in _KINDS)
+"""What agentflow's own objects carry, so that modules below can tell them without knowing them."""
 _marks: dict[type, frozenset[str]] = {}
 
 
 def _marks_of(cls: type) -> frozenset[str]:
     """The marks that a class, with those it is derived from, was written with. Kept: it is asked for at every call."""
-    names = {name for c in cls.__mro__ for name in c.__dict__ if name.startswith("__agentflow_")}
+    names = MARKS.intersection(name for c in cls.__mro__ for name in c.__dict__)
     if len(_marks) >= 4096:
         _marks.clear()
     _marks[cls] = found = frozenset(name for name in names if getattr(cls, name, None) is True)
     return found
+
+
+def unmarked(obj: Any) -> bool:
+    """Whether ``obj`` and its type carry none of ``MARKS``."""
+    marks = _marks.get(type(obj))
+    if _marks_of(type(obj)) if marks is None else marks:
+        return False
+    d = getattr(obj, "__dict__", None)
+    return not d or not isinstance(d, (dict, types.MappingProxyType)) or MARKS.isdisjoint(d)
 
 
 def marked(obj: Any, mark: str) -> bool:
@@ -97,7 +110,32 @@ def atoms_text(name: str, values: Sequence[Any]) -> bytes | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether everything in ``value`` is what JSON keeps as it is: walked by the garbage collector's C code."""
+    """Whether everything in a list or dict is what JSON keeps as it is."""
+    todo = [value]
+    for v in todo:  # which grows on the way
+        if type(v) is dict:
+            if not _TEXT.issuperset(map(type, v)):
+                return False
+            items = v.values()
+        else:
+            items = v
+        if _ATOMS.issuperset(map(type, items)):
+            continue
+        if len(v) > _CHUNK:
+            return _is_plain_large(value)
+        for x in list(items):
+            t = type(x)
+            if t is list or t is dict:
+                todo.append(x)
+            elif not (t in _ATOMS or (t is float and math.isfinite(x))):
+                return False
+        if len(todo) > _CHUNK:  # which also ends what is nested deeper than that, or for ever
+            return _is_plain_large(value)
+    return True
+
+
+def _is_plain_large(value: Any) -> bool:
+    """The same, walked by the garbage collector's C code: faster where there is much."""
     level, seen = [value], set[int]()
     for _ in range(_CHUNK):
         level = gc.get_referents(*level)

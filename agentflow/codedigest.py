@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentflow.bytecode import MOST, Chain, Shape, free_values, shape_of
-from agentflow.canonical import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest
+from agentflow.canonical import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest, unmarked
 
 # run without being named, or when nothing that was given is read: they select no attributes of given objects
 _CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}
@@ -153,16 +153,16 @@ def roots_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = 
             todo += [x for x in v[:64] if callable(x)]
         elif t is dict:
             todo += [x for x in list(v.values())[:64] if callable(x)] if len(v) <= 64 else []
-        elif t is types.ModuleType or marked(v, "__agentflow_model_call__"):
+        elif t is types.ModuleType or ((ours := not unmarked(v)) and marked(v, "__agentflow_model_call__")):
             out.append(v)
         elif isinstance(v, type):
             if is_own_class(v):
                 out.append(v)
-        elif marked(v, "__agentflow_context__"):
+        elif ours and marked(v, "__agentflow_context__"):
             continue
         elif hasattr(t, "__wrapped__") or "__wrapped__" in getattr(v, "__dict__", ()):
             todo.append(v.__wrapped__)
-        elif (inner := _inner(v)) is not None:
+        elif ours and (inner := _inner(v)) is not None:
             todo.append(inner)
         elif is_own_class(t):
             out.append(t)
