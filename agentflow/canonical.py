@@ -168,6 +168,18 @@ def _may_hold_long(out: bytes) -> bool:
     return False
 
 
+_Form = Callable[["Encoder", Any, type], Any]
+_forms: dict[type, _Form] = {}
+
+
+def _form(cls: type, form: _Form) -> _Form:
+    """Notes how instances of a class are written where nothing but the class decides that."""
+    if len(_forms) >= 4096:
+        _forms.clear()
+    _forms[cls] = form
+    return form
+
+
 class Encoder:
     """Turns values into trees for ``dumps``; one instance per text.
 
@@ -285,6 +297,9 @@ class Encoder:
         return Encoder(self._own, self._attrs, self._free, lenient=True).encode(usual)
 
     def _object(self, v: Any, t: type) -> Any:
+        form = _forms.get(t)
+        if form is not None and not marked(v, "__agentflow_context__"):
+            return form(self, v, t)
         if isinstance(v, _CONSUMED):
             if self._lenient:
                 return self._none()
@@ -303,18 +318,9 @@ class Encoder:
         if isinstance(v, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)):
             return self._function(v)
         if dataclasses.is_dataclass(v):
-            known = {f.name: f for f in dataclasses.fields(v)}
-            values = {n: x for n in known if (x := getattr(v, n, _MISSING)) is not _MISSING}
-            return self._fields(bare_name(t), values, lambda n: _default(known[n].default, known[n].default_factory))
-        if isinstance(model := getattr(t, "__pydantic_fields__", None), dict) and isinstance(
-            getattr(v, "__dict__", None), dict
-        ):
-            values = {**v.__dict__, **(getattr(v, "__pydantic_extra__", None) or {})}
-            return self._fields(
-                bare_name(t),
-                values,
-                lambda n: _default(model[n].default, model[n].default_factory) if n in model else _MISSING,
-            )
+            return _form(t, Encoder._dataclass)(self, v, t)
+        if isinstance(getattr(t, "__pydantic_fields__", None), dict) and isinstance(getattr(v, "__dict__", None), dict):
+            return _form(t, Encoder._model)(self, v, t)
         if isinstance(fields := getattr(t, "__attrs_attrs__", None), tuple):
             usual = {a.name: a.default for a in fields}
             values = {a.name: getattr(v, a.name) for a in fields if hasattr(v, a.name)}
@@ -343,6 +349,19 @@ class Encoder:
         if marked(v, "__agentflow_workflow__"):
             return {"~sub": ["workflow", self.encode(v.__agentflow_given__())]}
         return self._own_instance(v, t) if self._own(t) else self._none()
+
+    def _dataclass(self, v: Any, t: type) -> Any:
+        known = {f.name: f for f in dataclasses.fields(v)}
+        values = {n: x for n in known if (x := getattr(v, n, _MISSING)) is not _MISSING}
+        return self._fields(bare_name(t), values, lambda n: _default(known[n].default, known[n].default_factory))
+
+    def _model(self, v: Any, t: Any) -> Any:
+        model, values = t.__pydantic_fields__, {**v.__dict__, **(getattr(v, "__pydantic_extra__", None) or {})}
+        return self._fields(
+            bare_name(t),
+            values,
+            lambda n: _default(model[n].default, model[n].default_factory) if n in model else _MISSING,
+        )
 
     def _none(self) -> Any:
         self.opaque = True
