@@ -169,7 +169,8 @@ class Capture:
                 if type(fn) is not types.FunctionType:
                     return
         self._function = fn
-        self._by_position, self._by_name = _by_parameter(fn, self._owner is not None, args, kwargs)
+        if kwargs or fn.__defaults__ or fn.__kwdefaults__ or len(args) < fn.__code__.co_argcount:
+            self._by_position, self._by_name = _by_parameter(fn, self._owner is not None, args, kwargs)
         if fn.__name__ == "<lambda>" and in_notebook(fn):
             known = fn.__globals__
             names = {c.names[0]: 0 for c in shape_of(fn.__code__).chains if not c.captured and c.names[0] in known}
@@ -238,8 +239,6 @@ def _by_parameter(
     """
     code, usual, named = fn.__code__, fn.__defaults__ or (), fn.__kwdefaults__
     count = code.co_argcount - owned
-    if not (usual or named or kwargs) and len(args) >= count:
-        return args, kwargs
     first = count - len(usual)  # the first parameter with a default
     if len(args) < count:
         if kwargs:

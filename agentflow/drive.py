@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from agentflow import rundocs
 from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here, start_clocks, stop_clocks
 from agentflow.clock import FakeClock, pass_time
-from agentflow.engine import keep_late, process
+from agentflow.engine import at_hand, keep_late, process
 from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
@@ -56,6 +56,9 @@ class Wait:
 
 def drive(call: Call) -> Generator[Any, Any, Any]:
     """Run ``process`` on the loop. A hit needs no coroutine and never leaves the caller's turn."""
+    row = at_hand(call)
+    if row is not None:
+        return call.ex.deliver(call, row)
     steps = process(call)
     try:
         effect = steps.send(None)

@@ -297,7 +297,7 @@ class Execution(Places):
         if at is place or (
             at is not None and at.ex is self and at.scope == place.scope and at.branch == place.branch
         ):
-            here.set(at.after(slot.id))
+            here.set(at.after(f"{slot.ident}/{slot.place}"))
         known = self.seen.get(call.name)
         if known is None:
             self.seen[call.name] = [slot]

@@ -265,6 +265,8 @@ def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any
     Raises:
         UsageError: a coroutine instead of a function, an unknown option, a bad name or duration.
     """
+    if fn is not None and not options:
+        return make_call(name, fn, args, _NO_KWARGS, PLAIN)
     return entry(name, fn, args, options, _awaited)
 
 
