@@ -105,7 +105,7 @@ class Here:
         self.epoch = epoch
         self.outer = outer
         self.task = task
-        self.repeats: dict[str, int] = {}
+        self.repeats: dict[str, int] | None = None
         self.key = ""
 
     def after(self, pred: str) -> Here:
@@ -355,22 +355,20 @@ class Call(Coroutine[Any, Any, Any]):
         return StepNotAwaited(f"step {self.name!r} was not awaited. Write: await step({self.name!r}, ...)")
 
 
-_of_asyncio: Callable[[], asyncio.Task[Any] | None] | None = None
+_asyncio: Any = None  # the module, once somebody has loaded it: before that nobody has a loop
 
 
 def current_task() -> asyncio.Task[Any] | None:
     """The running asyncio task, or None outside an event loop."""
-    global _of_asyncio
-    if _of_asyncio is None:
-        if "asyncio" not in sys.modules:  # then nobody has a loop, and plain code needs none
+    global _asyncio
+    if _asyncio is None:
+        if "asyncio" not in sys.modules:
             return None
         import asyncio
 
-        _of_asyncio = asyncio.current_task
-    try:
-        return _of_asyncio()
-    except RuntimeError:
-        return None
+        _asyncio = asyncio
+    loop = _asyncio._get_running_loop()  # None where there is none, and no exception made for nothing
+    return None if loop is None else _asyncio.current_task(loop)
 
 
 def enclosing(call: Call) -> list[Current]:

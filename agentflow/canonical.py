@@ -13,7 +13,7 @@ Paths (``args[0].items[3].price``) are derived from the text, never stored.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import dataclasses
 import datetime as dt
 import decimal
@@ -40,16 +40,19 @@ LONG = 64 * 1024
 
 _CHUNK, _DEEPEST = 40, 120  # orjson nests 254 deep and one level takes up to three; Python's own stack ends near 1000
 _ATOMS = {str, int, bool, type(None)}
+_TEXT = {str}
 _PLAIN = _ATOMS | {float, list, dict}
 _CONSUMED = (
     types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter, zip, enumerate, reversed
 )  # fmt: skip
 _MISSING: Any = object()
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 
 def short_digest(data: bytes) -> str:
     """22 characters ``[A-Za-z0-9_-]``: BLAKE2b, 16 bytes."""
-    return base64.urlsafe_b64encode(blake2b(data, digest_size=16).digest())[:22].decode()
+    raw = blake2b(data, digest_size=16).digest()
+    return binascii.b2a_base64(raw, newline=False)[:22].translate(_URL_SAFE).decode()
 
 
 def bare_name(obj: Any) -> str:
@@ -58,20 +61,81 @@ def bare_name(obj: Any) -> str:
     return cast(str, name).rpartition("<locals>.")[2]
 
 
+_KINDS = ("model_call", "prompt_loader", "context", "step", "tool", "workflow")
+MARKS = frozenset(f"__agentflow_{kind}__" for kind in _KINDS)
+"""What agentflow's own objects carry, so that modules below can tell them without knowing them."""
+_marks: dict[type, frozenset[str]] = {}
+
+
+def _marks_of(cls: type) -> frozenset[str]:
+    """The marks that a class, with those it is derived from, was written with. Kept: it is asked for at every call."""
+    names = MARKS.intersection(name for c in cls.__mro__ for name in c.__dict__)
+    if len(_marks) >= 4096:
+        _marks.clear()
+    _marks[cls] = found = frozenset(name for name in names if getattr(cls, name, None) is True)
+    return found
+
+
+def unmarked(obj: Any) -> bool:
+    """Whether ``obj`` and its type carry none of ``MARKS``."""
+    marks = _marks.get(type(obj))
+    if _marks_of(type(obj)) if marks is None else marks:
+        return False
+    d = getattr(obj, "__dict__", None)
+    return not d or not isinstance(d, (dict, types.MappingProxyType)) or MARKS.isdisjoint(d)
+
+
 def marked(obj: Any, mark: str) -> bool:
     """Whether ``obj`` or its type carries ``mark = True``, without triggering ``__getattr__``."""
-    own = getattr(type(obj), mark, None) is True
-    return own or (
-        isinstance(d := getattr(obj, "__dict__", None), (dict, types.MappingProxyType)) and d.get(mark) is True
-    )
+    marks = _marks.get(type(obj))
+    if mark in (_marks_of(type(obj)) if marks is None else marks):
+        return True
+    d = getattr(obj, "__dict__", None)
+    return d is not None and isinstance(d, (dict, types.MappingProxyType)) and d.get(mark) is True
 
 
 def dumps(tree: Any) -> bytes:
     return orjson.dumps(tree, option=orjson.OPT_SORT_KEYS)
 
 
+def atoms_text(name: str, values: Sequence[Any]) -> bytes | None:
+    """The text of ``{name: [...]}`` where the values are text, numbers, booleans and None as JSON has them, or None."""
+    if not _ATOMS.issuperset(map(type, values)):
+        return None
+    try:
+        out = dumps({name: values})
+    except TypeError:  # big integers, lone surrogates
+        return None
+    return out if len(out) <= LONG else None
+
+
 def _is_plain(value: Any) -> bool:
-    """Whether everything in ``value`` is what JSON keeps as it is: walked by the garbage collector's C code."""
+    """Whether everything in a list or dict is what JSON keeps as it is."""
+    todo = [value]
+    for v in todo:  # which grows on the way
+        if type(v) is dict:
+            if not _TEXT.issuperset(map(type, v)):
+                return False
+            items = v.values()
+        else:
+            items = v
+        if _ATOMS.issuperset(map(type, items)):
+            continue
+        if len(v) > _CHUNK:
+            return _is_plain_large(value)
+        for x in list(items):
+            t = type(x)
+            if t is list or t is dict:
+                todo.append(x)
+            elif not (t in _ATOMS or (t is float and math.isfinite(x))):
+                return False
+        if len(todo) > _CHUNK:  # which also ends what is nested deeper than that, or for ever
+            return _is_plain_large(value)
+    return True
+
+
+def _is_plain_large(value: Any) -> bool:
+    """The same, walked by the garbage collector's C code: faster where there is much."""
     level, seen = [value], set[int]()
     for _ in range(_CHUNK):
         level = gc.get_referents(*level)
@@ -102,6 +166,18 @@ def _may_hold_long(out: bytes) -> bool:
             return True
         at = quote + 1
     return False
+
+
+_Form = Callable[["Encoder", Any, type], Any]
+_forms: dict[type, _Form] = {}
+
+
+def _form(cls: type, form: _Form) -> _Form:
+    """Notes how instances of a class are written where nothing but the class decides that."""
+    if len(_forms) >= 4096:
+        _forms.clear()
+    _forms[cls] = form
+    return form
 
 
 class Encoder:
@@ -206,15 +282,24 @@ class Encoder:
         fields = {}
         for key, value in values.items():
             tree, usual = self.encode(value), default(key)
-            if usual is not _MISSING and (value is usual or dumps(tree) == dumps(self._default_tree(usual))):
+            if usual is not _MISSING and (value is usual or self._same(value, tree, usual)):
                 continue
             fields[key] = tree
         return {"~obj": [name, fields]}
+
+    def _same(self, value: Any, tree: Any, usual: Any) -> bool:
+        t = type(usual)
+        if t in _ATOMS and type(value) in _ATOMS:
+            return type(value) is t and bool(value == usual)
+        return dumps(tree) == dumps(self._default_tree(usual))
 
     def _default_tree(self, usual: Any) -> Any:
         return Encoder(self._own, self._attrs, self._free, lenient=True).encode(usual)
 
     def _object(self, v: Any, t: type) -> Any:
+        form = _forms.get(t)
+        if form is not None and not marked(v, "__agentflow_context__"):
+            return form(self, v, t)
         if isinstance(v, _CONSUMED):
             if self._lenient:
                 return self._none()
@@ -233,18 +318,9 @@ class Encoder:
         if isinstance(v, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)):
             return self._function(v)
         if dataclasses.is_dataclass(v):
-            known = {f.name: f for f in dataclasses.fields(v)}
-            values = {n: getattr(v, n) for n in known if hasattr(v, n)}
-            return self._fields(bare_name(t), values, lambda n: _default(known[n].default, known[n].default_factory))
-        if isinstance(model := getattr(t, "__pydantic_fields__", None), dict) and isinstance(
-            getattr(v, "__dict__", None), dict
-        ):
-            values = {**v.__dict__, **(getattr(v, "__pydantic_extra__", None) or {})}
-            return self._fields(
-                bare_name(t),
-                values,
-                lambda n: _default(model[n].default, model[n].default_factory) if n in model else _MISSING,
-            )
+            return _form(t, Encoder._dataclass)(self, v, t)
+        if isinstance(getattr(t, "__pydantic_fields__", None), dict) and isinstance(getattr(v, "__dict__", None), dict):
+            return _form(t, Encoder._model)(self, v, t)
         if isinstance(fields := getattr(t, "__attrs_attrs__", None), tuple):
             usual = {a.name: a.default for a in fields}
             values = {a.name: getattr(v, a.name) for a in fields if hasattr(v, a.name)}
@@ -273,6 +349,19 @@ class Encoder:
         if marked(v, "__agentflow_workflow__"):
             return {"~sub": ["workflow", self.encode(v.__agentflow_given__())]}
         return self._own_instance(v, t) if self._own(t) else self._none()
+
+    def _dataclass(self, v: Any, t: type) -> Any:
+        known = {f.name: f for f in dataclasses.fields(v)}
+        values = {n: x for n in known if (x := getattr(v, n, _MISSING)) is not _MISSING}
+        return self._fields(bare_name(t), values, lambda n: _default(known[n].default, known[n].default_factory))
+
+    def _model(self, v: Any, t: Any) -> Any:
+        model, values = t.__pydantic_fields__, {**v.__dict__, **(getattr(v, "__pydantic_extra__", None) or {})}
+        return self._fields(
+            bare_name(t),
+            values,
+            lambda n: _default(model[n].default, model[n].default_factory) if n in model else _MISSING,
+        )
 
     def _none(self) -> Any:
         self.opaque = True
@@ -371,10 +460,10 @@ def _bytes(v: Any) -> Any:
 
 
 def _default(value: Any, factory: Any) -> Any:
-    if factory in (list, dict, set, tuple, str, int, float, bool, frozenset):
-        return factory()  # other factories may read a clock: their fields always count
-    undefined = factory not in (None, dataclasses.MISSING) or value is dataclasses.MISSING
-    return _MISSING if undefined or type(value).__name__ == "PydanticUndefinedType" else value
+    if factory is not None and factory is not dataclasses.MISSING:
+        # Other factories may read a clock: their fields always count.
+        return factory() if factory in (list, dict, set, tuple, str, int, float, bool, frozenset) else _MISSING
+    return _MISSING if value is dataclasses.MISSING or type(value).__name__ == "PydanticUndefinedType" else value
 
 
 def _attrs_default(value: Any) -> Any:

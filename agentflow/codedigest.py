@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from agentflow.bytecode import MOST, Chain, Shape, free_values, shape_of
-from agentflow.canonical import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest
+from agentflow.canonical import UNSET, Encoder, bare_name, cell_value, dumps, marked, short_digest, unmarked
 
 # run without being named, or when nothing that was given is read: they select no attributes of given objects
 _CONSTRUCTORS = {"__init__", "__new__", "__post_init__"}
@@ -28,6 +28,7 @@ _UNNAMED = {"__del__", "__eq__", "__ne__", "__hash__", "__reduce__", "__reduce_e
 _UNNAMED |= {"__annotate__", "__annotate_func__"}
 _ABSENT: Any = object()
 _SIMPLE = (str, int, float, bool, bytes, complex, type(None))
+_SIMPLE_TYPES = frozenset(_SIMPLE)
 
 
 def _no_prompt(name: str) -> str | None:
@@ -150,16 +151,16 @@ def roots_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = 
             todo += [x for x in v[:64] if callable(x)]
         elif t is dict:
             todo += [x for x in list(v.values())[:64] if callable(x)] if len(v) <= 64 else []
-        elif t is types.ModuleType or marked(v, "__agentflow_model_call__"):
+        elif t is types.ModuleType or ((ours := not unmarked(v)) and marked(v, "__agentflow_model_call__")):
             out.append(v)
         elif isinstance(v, type):
             if is_own_class(v):
                 out.append(v)
-        elif marked(v, "__agentflow_context__"):
+        elif ours and marked(v, "__agentflow_context__"):
             continue
         elif hasattr(t, "__wrapped__") or "__wrapped__" in getattr(v, "__dict__", ()):
             todo.append(v.__wrapped__)
-        elif (inner := _inner(v)) is not None:
+        elif ours and (inner := _inner(v)) is not None:
             todo.append(inner)
         elif is_own_class(t):
             out.append(t)
@@ -169,7 +170,7 @@ def roots_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = 
 
 def _inner(v: Any) -> Any:
     """The user's function inside an object that agentflow made of it."""
-    if any(marked(v, f"__agentflow_{kind}__") for kind in ("step", "tool", "workflow")):
+    if marked(v, "__agentflow_step__") or marked(v, "__agentflow_tool__") or marked(v, "__agentflow_workflow__"):
         return getattr(v, "fn", None)
     return None
 
@@ -517,20 +518,25 @@ def code_of(fn: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = N
     Functions among ``args`` and ``kwargs``, in partials and captured variables are reached too. Their values are not
     part of the code: they are given. What was resolved is remembered and only checked the next time.
     """
-    roots = roots_of(fn, args, kwargs)
-    key: list[int] = []
-    held: list[Any] = []
-    for r in roots:
-        if type(r) is types.FunctionType:
-            key += (id(r.__code__), id(r.__globals__))
-            held += (r, r.__globals__)
-        else:
-            key.append(id(r))
-            held.append(r)
-    index = tuple(key)
+    if (
+        type(fn) is types.FunctionType
+        and not (kwargs or fn.__defaults__ or fn.__closure__ or fn.__dict__)
+        and _SIMPLE_TYPES.issuperset(map(type, args))
+    ):
+        roots: list[Any] = [fn]  # what roots_of finds: nothing else is given that could be code
+        index: tuple[int, ...] = (id(fn.__code__), id(fn.__globals__))
+    else:
+        roots = roots_of(fn, args, kwargs)
+        key: list[int] = []
+        for r in roots:
+            key += (id(r.__code__), id(r.__globals__)) if type(r) is types.FunctionType else (id(r),)
+        index = tuple(key)
     known = _known.get(index)
     if known is not None and known.still():
         return known.code
+    held: list[Any] = []
+    for r in roots:
+        held += (r, r.__globals__) if type(r) is types.FunctionType else (r,)
     forget = _known.pop
     held = [
         weakref.ref(h.__code__, lambda _: forget(index, None)) if type(h) is types.FunctionType else h for h in held

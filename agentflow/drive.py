@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import gc
 import inspect
 from collections.abc import Awaitable, Callable, Generator
@@ -20,7 +21,7 @@ from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing,
 from agentflow.cancelled import CancelledAfterCommit
 from agentflow.clock import FakeClock, pass_time
 from agentflow.clocks import start_clocks, stop_clocks
-from agentflow.engine import keep_late, process
+from agentflow.engine import at_hand, keep_late, process
 from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
@@ -31,6 +32,9 @@ from agentflow.workers import in_flight, threads
 
 def drive(call: Call) -> Generator[Any, Any, Any]:
     """Run ``process`` on the loop. A hit needs no coroutine and never leaves the caller's turn."""
+    row = at_hand(call)
+    if row is not None:
+        return call.ex.deliver(call, row)
     steps = process(call)
     try:
         effect = steps.send(None)
@@ -270,7 +274,7 @@ def _watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
                 ex.tasks[task] = label
                 if at.outer is not None:
                     ex.around_tasks[task] = at.outer
-            task.add_done_callback(lambda done: ended(ex, place, label, done))
+            task.add_done_callback(functools.partial(ended, ex, place, label))
         return task
 
     def ended(ex: Execution, place: Here, label: str, task: Any) -> None:

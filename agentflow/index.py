@@ -52,14 +52,16 @@ class Row:
 
     @property
     def head(self) -> dict[str, Any]:
-        if self._head is None:
-            self._head = orjson.loads(self.text[: self.text.index("\n")])
-        return self._head
+        head = self._head
+        if head is None:
+            head = self._head = orjson.loads(self.text[: self.text.index("\n")])
+        return head
 
     @property
     def output(self) -> str:
-        start = self.text.index("\n") + 1
-        return self.text[start : self.text.index("\n", start)]
+        text = self.text
+        start = text.index("\n") + 1
+        return text[start : text.index("\n", start)]
 
     @property
     def given(self) -> str:
@@ -118,36 +120,38 @@ class Records:
 
     def load(self, under: str = "") -> None:
         """Read the keys below ``under`` (an ns, or an ident); all of the run by default."""
+        begin = len(self.prefix)
         for key, rowid in self.journal.keys(self.prefix + under):
-            self._enter(key, rowid)
-
-    def _enter(self, key: str, rowid: int) -> None:
-        ident, _, rest = key[len(self.prefix) :].partition("/")
-        place, _, version = rest.rpartition(".")
-        version, _, gone = version.partition("!")
-        slot = self.at(ident, place)
-        if slot is None:
-            slot = self.add(Slot(ident, place))
-        number = int(version)
-        if gone:
-            if slot.gone is None:
-                slot.gone = {}
-            slot.gone[number] = gone
-        else:
-            slot.n = max(slot.n, number)
-            slot.rowid = rowid
+            ident, _, rest = key[begin:].partition("/")
+            place, _, version = rest.rpartition(".")
+            slot = self.at(ident, place)
+            if slot is None:
+                slot = self.add(Slot(ident, place))
+            if "!" not in version:
+                slot.n = max(slot.n, int(version))
+                slot.rowid = rowid
+            else:
+                version, _, gone = version.partition("!")
+                if slot.gone is None:
+                    slot.gone = {}
+                slot.gone[int(version)] = gone
 
     def add(self, slot: Slot) -> Slot:
-        known = self._by_ident.get(slot.ident)
+        ident = slot.ident
+        known = self._by_ident.get(ident)
         if known is None:
-            self._by_ident[slot.ident] = slot
+            self._by_ident[ident] = slot
         elif isinstance(known, dict):
             known[slot.place] = slot
         else:
-            self._by_ident[slot.ident] = {known.place: known, slot.place: slot}
-        ns = slot.ident[:NS]
-        self._by_ns.setdefault(ns, []).append(slot)
-        self._free[ns] = self._free.get(ns, 0) + 1
+            self._by_ident[ident] = {known.place: known, slot.place: slot}
+        ns = ident[:NS]
+        named = self._by_ns.get(ns)
+        if named is None:
+            self._by_ns[ns], self._free[ns] = [slot], 1
+        else:
+            named.append(slot)
+            self._free[ns] += 1
         return slot
 
     def claim(self, slot: Slot, how: bool | str = True) -> None:
@@ -194,14 +198,9 @@ class Records:
             return known.get(place)
         return known if known.place == place else None
 
-    def same(self, ident: str) -> str:
-        """The ident as it is held already: one string for all who keep it, in runs of many steps."""
-        known = self._by_ident.get(ident)
-        return known.ident if type(known) is Slot else ident
-
-    def repeated(self, ident: str) -> bool:
-        """Whether more than one place has this ident."""
-        return isinstance(self._by_ident.get(ident), dict)
+    def places(self, ident: str) -> Slot | dict[str, Slot] | None:
+        """The slot of an ident; where more than one place has it, the slots by place."""
+        return self._by_ident.get(ident)
 
     def named(self, ns: str) -> list[Slot]:
         """All slots of one name in one scope."""

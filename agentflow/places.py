@@ -64,19 +64,28 @@ class Places:
             call.place = f"{self._in_cell(scope):x}"
             call.counted = f"{scope}{call.place}"
             return
-        ident = self.records.same(ident)
-        repeat = place.repeats.get(ident, 0)
-        place.repeats[ident] = repeat + 1
+        known = self.records.places(ident)
+        if isinstance(known, Slot):
+            ident = known.ident  # one string for all who keep it, in runs of many steps
+        if place.repeats is None:
+            place.repeats, repeat = {ident: 1}, 0
+        else:
+            repeat = place.repeats.get(ident, 0)
+            place.repeats[ident] = repeat + 1
         if not place.key:
             place.key = short(place.branch, BRANCH)
-        call.place = f"{place.key}{short(place.pred, PRED)}-{repeat:x}"
-        slot = self.records.at(ident, call.place)
-        if slot is not None and not slot.claimed and call.code is not None and self.records.repeated(ident):
-            # Code goes before place within a branch. Between branches it does not: code that differs may be no more
-            # than a counter, and the others ask for their own.
-            branch = slot.branch
-            others = (s for s in self.records.slots(ident) if not s.claimed and s.branch == branch and s is not slot)
-            slot = self._own_code(call, itertools.chain([slot], others))
+        at = call.place = f"{place.key}{short(place.pred, PRED)}-{repeat:x}"
+        slot: Slot | None = None
+        if isinstance(known, Slot):
+            slot = known if known.place == at else None
+        elif known is not None:
+            slot = known.get(at)
+            if slot is not None and not slot.claimed and call.code is not None:
+                # Code goes before place within a branch. Between branches it does not: code that differs may be no
+                # more than a counter, and the others ask for their own.
+                of_ident, branch, first = self.records.slots(ident), slot.branch, slot
+                others = (s for s in of_ident if not s.claimed and s.branch == branch and s is not first)
+                slot = self._own_code(call, itertools.chain([slot], others))
         if slot is not None and not slot.claimed:
             self.take(call, slot)
             call.slot = slot
@@ -187,6 +196,8 @@ class Places:
 
     def in_branch(self, call: Call) -> Slot | None:
         """An unclaimed record of the same ident in the same branch: steps were inserted, moved or removed."""
+        if self.records.places(call.ident) is None:
+            return None
         branch = short(call.here.branch, BRANCH)
         return self._own_code(call, (s for s in self.records.slots(call.ident) if not s.claimed and s.branch == branch))
 
@@ -265,11 +276,11 @@ class Places:
         slot = call.slot
         if slot is None:
             place = call.place
-            suffix = 0
-            while self.records.at(call.ident, place) is not None:
-                suffix += 1
-                place = f"{call.place}x{suffix:x}"
-            if suffix or self.records.slots(call.ident):
+            if self.records.places(call.ident) is not None:
+                suffix = 0
+                while self.records.at(call.ident, place) is not None:
+                    suffix += 1
+                    place = f"{call.place}x{suffix:x}"
                 self.name_apart(call)
             slot = call.slot = self.records.add(Slot(call.ident, place))
             self.take(call, slot)

@@ -148,15 +148,18 @@ class Reads:
                 f"SELECT {columns} FROM Cache WHERE raw = 1 AND key {low_operator} ? AND key < ? "
                 f"ORDER BY key {direction} LIMIT ?"
             )
-            page, chars = [], 0
             want = size if left < 0 else min(size, left)
             cursor = self._connection().execute(sql, (low, high, want))
-            for row in cursor:
-                page.append(row)
-                value = row[-1]
-                chars += len(value) if type(value) is str else 0
-                if chars > _PAGE_CHARS:
-                    break
+            page, chars = [], 0
+            if columns.endswith("value"):
+                for row in cursor:
+                    page.append(row)
+                    value = row[-1]
+                    chars += len(value) if type(value) is str else 0
+                    if chars > _PAGE_CHARS:
+                        break
+            else:
+                page = cursor.fetchall()
             cursor.close()
             if page:
                 yield page
@@ -175,8 +178,7 @@ class Reads:
         ids = self._windows.get(prefix)
         position = 0 if ids is None else bisect_left(ids, from_rowid)
         if ids is None or len(ids) - position < limit:
-            ids = array("q", sorted(rowid for _, rowid in self.keys(prefix, None, None, None, False)))
-            self._windows[prefix] = ids
+            ids = self._windows[prefix] = array("q", sorted(self._rowids(prefix)))
             while len(self._windows) > 4:
                 self._windows.popitem(last=False)
             position = bisect_left(ids, from_rowid)
@@ -194,10 +196,16 @@ class Reads:
             for rowid, key, mode, value in self._connection().execute(sql, some.tolist()).fetchall():
                 # A dropped row's id can have gone to another key since.
                 if isinstance(key, str) and key.startswith(prefix):
-                    text = self._text(key, mode, value)
+                    text = value if mode == 1 and type(value) is str else self._text(key, mode, value)
                     if text is not None:
                         found.append((rowid, key, text))
         return found
+
+    def _rowids(self, prefix: str) -> Iterator[int]:
+        if self._spill:
+            return (rowid for _, rowid in self.keys(prefix, None, None, None, False))
+        sql = "SELECT rowid FROM Cache WHERE raw = 1 AND key >= ? AND key < ?"
+        return (rowid for (rowid,) in self._connection().execute(sql, (prefix, _prefix_end(prefix))))
 
     def _text(self, key: str, mode: int, value: object) -> str | None:
         if mode == 1 and type(value) is str:

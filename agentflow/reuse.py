@@ -76,7 +76,7 @@ def judge(call: Call, slot: Slot) -> Row | None:
     for n in range(slot.n, -1, -1):
         row = ex.records.row(slot, n)
         head = row.head
-        if not ex.counts(slot, n):
+        if slot.gone is not None and not ex.counts(slot, n):
             dropped.add(head["code"])
             continue
         # Below a dropped version only what other code had made counts: that code finds its record again.
@@ -131,9 +131,10 @@ def _edited(call: Call, head: dict[str, Any]) -> bool:
         return False
     if head["code"] != call.code.digest and not _only_state(call, head):
         return True
-    if (head.get("ai") or call.code.reaches_model) and head.get("model_default") != call.ex.model():
+    if (call.code.reaches_model or head.get("ai")) and head.get("model_default") != call.ex.model():
         return True
-    return any(call.ex.prompt_digest(path) != digest for path, digest in head.get("prompts", {}).items())
+    prompts = head.get("prompts")
+    return prompts is not None and any(call.ex.prompt_digest(path) != digest for path, digest in prompts.items())
 
 
 def _only_state(call: Call, head: dict[str, Any]) -> bool:

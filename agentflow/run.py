@@ -236,21 +236,23 @@ class Execution(Places):
         """Hand out a record: the value, or the failure again."""
         head = row.head
         self.enter(call)
-        if not call.here.scope:
+        place = call.here
+        if not place.scope:
             self.totals.replayed += 1
         cost = head.get("cost")
-        outer = call.here.outer
+        outer = place.outer
         split: dict[str, Decimal] = {}
         if cost is not None:
             split = {model: Decimal(part) for model, part in head.get("by_model", {}).items()}
             split = split or {costs.model_of(call.request): Decimal(cost)}
             self.saved(call.name if outer is None else costs.outermost(outer), split)
-        # What another run did, or nobody, is not undone here.
-        own = "from" not in head and "supplied" not in head
-        undoes = head.get("undoes") and own
-        compensates = call.options.compensate is not None and own
-        if compensates or undoes:
-            self._undoes(outer)
+        undoes, compensates = head.get("undoes"), call.options.compensate is not None
+        if undoes or compensates:
+            # What another run did, or nobody, is not undone here.
+            own = "from" not in head and "supplied" not in head
+            undoes, compensates = undoes and own, compensates and own
+            if own:
+                self._undoes(outer)
         if head.get("ai"):
             lent = not self.scratch and head["s0"][0] < self.number
             while outer is not None:
@@ -301,11 +303,13 @@ class Execution(Places):
             outer = outer.parent
 
     def enter(self, call: Call) -> None:
-        slot = call.slot
+        slot, place = call.slot, call.here
         assert slot is not None
         at = here.get()
-        if at is not None and at.ex is self and at.scope == call.here.scope and at.branch == call.here.branch:
-            here.set(at.after(slot.id))
+        if at is place or (
+            at is not None and at.ex is self and at.scope == place.scope and at.branch == place.branch
+        ):
+            here.set(at.after(f"{slot.ident}/{slot.place}"))
         known = self.seen.get(call.name)
         if known is None:
             self.seen[call.name] = [slot]

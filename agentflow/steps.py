@@ -12,7 +12,6 @@ import orjson
 from agentflow.calls import ON_CHANGE, PLAIN, Call, Options, here
 from agentflow.canonical import dumps, short_digest
 from agentflow.capture import capture
-from agentflow.codedigest import code_of
 from agentflow.durations import Duration, seconds
 from agentflow.errors import UsageError
 from agentflow.index import short
@@ -37,6 +36,7 @@ _OPTIONS = (
     "max_age",
     "thread",
 )
+_NO_KWARGS: dict[str, Any] = {}  # one for all calls, never changed
 _HINTS = {
     "retries": "retry=Retry(max_attempts=3)",
     "maxAttempts": "retry=Retry(max_attempts=3)",
@@ -113,7 +113,7 @@ def make_call(
     call = Call(ex, name, fn, args, kwargs, options, kind)
     call.started = True
     call.capture = captured
-    call.code = code_of(fn, args, kwargs)
+    call.code = captured.code
     call.given, call.digest = captured.text, captured.digest
     if also is not None:
         given = dumps({**orjson.loads(captured.text), **also})
@@ -266,6 +266,8 @@ def step(name: Any = None, fn: Any = None, /, *args: Any, **options: Any) -> Any
     Raises:
         UsageError: a coroutine instead of a function, an unknown option, a bad name or duration.
     """
+    if fn is not None and not options:
+        return make_call(name, fn, args, _NO_KWARGS, PLAIN)
     return entry(name, fn, args, options, _awaited)
 
 
@@ -291,4 +293,4 @@ def entry(name: Any, fn: Any, args: tuple[Any, ...], options: dict[str, Any], st
             return Decorating(None, PLAIN, start)(name)
     if fn is None:
         raise UsageError(f'step({name!r}, ...): give a name and a function: step("fetch", fetch, url).')
-    return start(make_call(name, fn, args, {}, options_of(options, f"step {name!r}") if options else PLAIN))
+    return start(make_call(name, fn, args, _NO_KWARGS, options_of(options, f"step {name!r}") if options else PLAIN))

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from agentflow import Context, workflow
+from agentflow.canonical import _is_plain, _is_plain_large
 from agentflow.capture import capture, data_digest, data_text
 from agentflow.errors import UsageError
 
@@ -562,8 +563,72 @@ def test_what_a_step_leaves_behind_never_makes_it_fail():
 
 def test_nothing_mutable_given_means_nothing_to_compare(monkeypatch):
     c = capture(use, (1, "a", (2, None)))
-    monkeypatch.setattr(c, "_again", lambda: pytest.fail("compared"))
+    monkeypatch.setattr(type(c), "_encode", lambda *_, **__: pytest.fail("compared"))
     assert c.mutated() == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "~tuple", 'a"b\\c\n', "é", "\ud800", "x" * 65_536, "x" * 65_537, "é" * 40_000, "é" * 65_537, True, None, 0, -1,
+        2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 1.5, float("nan"), float("inf"), [1], {"a": None},
+    ],
+    ids=lambda value: repr(value)[:12],
+)  # fmt: skip
+def test_a_plain_argument_is_written_as_anywhere_else(value):
+    for args in ((value, 1), ("a", value, 1), (2.5, value, 1)):
+        written = ",".join(data_text(v) for v in args)
+        assert capture(lambda *a: a, args).text == f'{{"args":[{written}]}}'
+
+
+def _nested(depth):
+    value = []
+    for _ in range(depth - 1):
+        value = [value, 1]
+    return value
+
+
+def test_few_and_many_values_are_looked_at_alike():
+    cycle, shared = [1], {"a": [2.5, None]}
+    cycle.append(cycle)
+    values = [
+        [], {}, [1], ["a", True, None], [1.5], [float("nan")], [[float("inf")]], {"a": [1, {"b": "c"}]}, [(1,)], [[b"x"]],
+        {"a": {1, 2}}, {"a": {"b": Order}}, [shared, shared], {"x": shared, "y": [shared]}, cycle, {"c": cycle},
+        *(_nested(depth) for depth in (38, 39, 40, 41, 42, 60)), [1] * 50, [[1]] * 50, [[(1,)]] * 50, [[{}] * 39] * 39,
+    ]  # fmt: skip
+    for value in values:
+        assert _is_plain(value) == _is_plain_large(value), repr(value)[:200]
+    for value in ({1: 2}, [{None: 1}], {Order: 1}):
+        assert not _is_plain(value)
+
+
+def test_a_field_that_is_equal_to_its_default_but_of_another_type_counts():
+    @dataclasses.dataclass
+    class Flags:
+        on: object = True
+        n: object = 1
+        text: object = "a"
+
+    assert data_text(Flags(True, 1, "".join("a"))) == '{"~obj":["Flags",{}]}'
+    assert data_text(Flags(on=1)) == '{"~obj":["Flags",{"on":1}]}'
+    assert data_text(Flags(n=True)) == '{"~obj":["Flags",{"n":true}]}'
+    assert data_text(Flags(n=1.0, text=None)) == '{"~obj":["Flags",{"n":1.0,"text":null}]}'
+
+
+def test_what_a_class_is_written_as_does_not_depend_on_which_instance_came_first():
+    @dataclasses.dataclass
+    class Point:
+        x: int = 0
+
+    class Model(BaseModel):
+        x: int = 0
+
+    for kind, name in ((Point, "Point"), (Model, "Model")):
+        for _ in range(2):
+            assert data_text(kind(x=1)) == f'{{"~obj":["{name}",{{"x":1}}]}}'
+    point = Point(2)
+    point.__agentflow_context__ = True
+    assert data_text(point) == '{"~ctx":0}' and data_text(Point(2)) != '{"~ctx":0}'
 
 
 def test_many_dicts_are_captured_in_c():

@@ -81,7 +81,8 @@ def decode(text: str) -> Any:
     {'a': [1, (2, 3)]}
     """
     tree = orjson.loads(text)
-    return read(tree) if _MARK in text else tree
+    # One character is looked for first: that is many times faster where there is none, as in most texts.
+    return read(tree) if "$" in text and _MARK in text else tree
 
 
 def look(text: str) -> Any:
