@@ -100,7 +100,7 @@ class Execution(Places):
     parked: dict[Any, Any] = field(default_factory=dict)
     stragglers: set[Any] = field(default_factory=set)
     paying: dict[Any, Call] = field(default_factory=dict)
-    threads: int = 0
+    brief: set[str] = field(default_factory=set)  # steps whose sync function took no time to speak of, the last time
     going: int = 1
     turn: threading.Condition = field(default_factory=threading.Condition)
     held_up: dict[Any, Any] = field(default_factory=dict)
