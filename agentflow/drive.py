@@ -241,6 +241,7 @@ async def _in_thread(call: Call, current: Current) -> Any:
     ex, loop = call.ex, asyncio.get_running_loop()
     waiter = loop.create_future()
     work = Work(contextvars.copy_context(), call.fn, call.args, call.kwargs)
+    kept: Future[Any] | None = None  # what comes back after the caller was released
 
     def wake() -> None:
         if not waiter.done():
@@ -249,9 +250,10 @@ async def _in_thread(call: Call, current: Current) -> Any:
     def back() -> None:
         try:
             loop.call_soon_threadsafe(wake)
-        except RuntimeError:  # the loop was closed, and this task was not cancelled before
-            current.left = True
-            keep(work.future(), current)
+        except RuntimeError:  # the loop was closed
+            if kept is None:  # and this task was not cancelled before
+                current.left = True
+                keep(work.future(), current)
 
     threads.start(work)
     try:
