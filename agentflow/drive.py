@@ -27,7 +27,9 @@ from agentflow.reuse import located
 from agentflow.run import Execution
 from agentflow.settings import log, settings
 from agentflow.waits import PENDING, Wait, coroutine_label, inside, pauses
-from agentflow.workers import in_flight, threads
+from agentflow.workers import Work, in_flight, threads
+
+BRIEF = 50e-6  # seconds: a sync function that took less the last time is waited for on the spot the next time
 
 
 def drive(call: Call) -> Generator[Any, Any, Any]:
@@ -189,21 +191,42 @@ async def _paid(call: Call, current: Current) -> Any:
 
 
 async def _in_thread(call: Call, current: Current) -> Any:
-    future = threads.submit(contextvars.copy_context(), call.fn, call.args, call.kwargs)
-    waiter = asyncio.wrap_future(future)
+    ex, loop = call.ex, asyncio.get_running_loop()
+    waiter = loop.create_future()
+    work = Work(contextvars.copy_context(), call.fn, call.args, call.kwargs)
+    kept: Future[Any] | None = None  # what comes back after the caller was released
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def back() -> None:
+        try:
+            loop.call_soon_threadsafe(wake)
+        except RuntimeError:  # the loop was closed
+            if kept is None:  # and this task was not cancelled before
+                current.left = True
+                keep(work.future(), current)
+
+    threads.start(work)
     try:
-        return await asyncio.shield(waiter)
-    except asyncio.CancelledError:
-        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Being woken through the loop costs more than a brief function does: it is worth holding up the loop.
+        if (call.name in ex.brief and work.wait(2 * BRIEF)) or not work.tell(back):
+            await asyncio.sleep(0)  # other tasks get their turn all the same
+        else:
+            await waiter
+    except (asyncio.CancelledError, KeyboardInterrupt):
         if current.clock is None or not current.clock.expired():
             current.left = True  # for good: there will be no other attempt of this call to take what comes
-        kept = when_back(future, current)
+        kept = when_back(work.future(), current)
         if not _timed_out(current):
-            key = (call.ex.journal.id, call.ex.run_id, call.occ)
+            key = (ex.journal.id, ex.run_id, call.occ)
             in_flight[key] = kept
             kept.add_done_callback(lambda _: in_flight.pop(key, None))
-            call.ex.abandoned.add(kept)
+            ex.abandoned.add(kept)
         raise
+    (ex.brief.add if work.took < BRIEF else ex.brief.discard)(call.name)
+    return work.result()
 
 
 def when_back(future: Future[Any], current: Current) -> Future[Any]:
@@ -413,7 +436,7 @@ async def _still_idle(ex: Execution) -> bool:
 def _idle(ex: Execution) -> bool:
     """Whether every task of the run waits for what is parked, or for another task that does."""
     parked = {task for _, task in ex.parked.values()}
-    if ex.stragglers or ex.threads:
+    if ex.stragglers:
         return False
     tasks = [task for task in ex.tasks if not task.done()]
     if ex.root.task is not None and not ex.root.task.done():

@@ -117,7 +117,7 @@ class Execution(Places):
         self.parked: dict[Any, Any] = {}
         self.stragglers: set[Any] = set()
         self.paying: dict[Any, Call] = {}
-        self.threads = 0
+        self.brief: set[str] = set()  # steps whose sync function took no time to speak of, the last time
         self.going = 1
         self.turn = threading.Condition()
         self.held_up: dict[Any, Any] = {}

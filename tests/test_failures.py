@@ -544,18 +544,18 @@ def test_what_a_thread_had_returned_when_its_step_was_cancelled_is_not_lost(
     """The function has come back, and the loop does not know it yet, when a sibling fails."""
     from agentflow.workers import threads
 
-    submit, futures = threads.submit, []
+    start, works = threads.start, []
 
-    def submitting(*args: Any) -> Any:
-        futures.append(submit(*args))
-        return futures[-1]
+    def starting(work: Any) -> None:
+        works.append(work)
+        start(work)
 
-    monkeypatch.setattr(threads, "submit", submitting)
+    monkeypatch.setattr(threads, "start", starting)
 
     async def breaks() -> str:
-        while not futures:  # noqa: ASYNC110
+        while not works:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        futures[0].result(30)  # holds up the loop
+        until(lambda: works[0].is_back)  # holds up the loop
         if current_step().parent.attempt == 1:
             raise ConnectionError("no")
         return "ok"
