@@ -26,7 +26,10 @@ def drive_blocking(call: Any) -> Any:
     ex = call.ex
     row = at_hand(call)
     if row is not None:
-        return ex.deliver(call, row)
+        try:
+            return ex.deliver(call, row)
+        except StopIteration as error:  # what the generator makes of it the first time
+            raise RuntimeError("generator raised StopIteration") from error
     steps = process(call)
     send: Any = steps.send
     value: Any = None
