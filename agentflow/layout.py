@@ -7,6 +7,7 @@ database with fewer commits than that has lost some: its ``-wal`` was not copied
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sqlite3
@@ -249,6 +250,7 @@ def _mount_kind(folder: str, mounts: str | None) -> str:
     return kind
 
 
+@functools.cache
 def _installed() -> set[str]:
     import sysconfig  # only when no path was given
 

@@ -873,6 +873,15 @@ def test_the_default_place_is_the_project_of_the_script_then_of_the_directory(tm
     assert default_path() == Path.home() / "x"
 
 
+def test_the_default_place_asks_only_once_where_python_is_installed(tmp_path, monkeypatch):
+    monkeypatch.delenv("AGENTFLOW_PATH", raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "main.py"), raising=False)
+    (tmp_path / "pyproject.toml").write_text("")
+    default_path()
+    monkeypatch.setattr("sysconfig.get_paths", lambda *args: pytest.fail("asked again"))
+    assert default_path() == tmp_path / ".agentflow"
+
+
 @pytest.mark.parametrize("mapped", [True, False], ids=["through memory", "with write()"])
 def test_the_lower_bound_of_commits_survives_a_killed_process(tmp_path, mapped):
     folder = tmp_path / "journal"
