@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.clock import pass_time
 from agentflow.drive import PENDING, Wait, inside, keep, pauses, when_back
-from agentflow.engine import at_hand, process
+from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
@@ -29,9 +29,6 @@ def drive_blocking(call: Any) -> Any:
     """Run ``process`` in the calling thread."""
     call.started = True
     ex = call.ex
-    row = at_hand(call)
-    if row is not None:
-        return ex.deliver(call, row)
     steps = process(call)
     send: Any = steps.send
     value: Any = None

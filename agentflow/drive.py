@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from agentflow import rundocs
 from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing, here, start_clocks, stop_clocks
 from agentflow.clock import FakeClock, pass_time
-from agentflow.engine import at_hand, keep_late, process
+from agentflow.engine import at_hand, keep_late, not_at_hand
 from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
@@ -59,7 +59,7 @@ def drive(call: Call) -> Generator[Any, Any, Any]:
     row = at_hand(call)
     if row is not None:
         return call.ex.deliver(call, row)
-    steps = process(call)
+    steps = not_at_hand(call)
     try:
         effect = steps.send(None)
     except StopIteration as stop:
