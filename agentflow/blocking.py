@@ -13,7 +13,7 @@ from typing import Any
 
 from agentflow.calls import Call, Current, Suspend, Unanswered, enclosing, here
 from agentflow.clock import pass_time
-from agentflow.engine import at_hand, process
+from agentflow.engine import process
 from agentflow.errors import StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
@@ -24,12 +24,6 @@ def drive_blocking(call: Any) -> Any:
     """Run ``process`` in the calling thread."""
     call.started = True
     ex = call.ex
-    row = at_hand(call)
-    if row is not None:
-        try:
-            return ex.deliver(call, row)
-        except StopIteration as error:  # what the generator makes of it the first time
-            raise RuntimeError("generator raised StopIteration") from error
     steps = process(call)
     send: Any = steps.send
     value: Any = None

@@ -103,7 +103,7 @@ def atoms_text(name: str, values: Sequence[Any]) -> bytes | None:
     if not _ATOMS.issuperset(map(type, values)):
         return None
     try:
-        out = dumps({name: values})
+        out = orjson.dumps({name: values})
     except TypeError:  # big integers, lone surrogates
         return None
     return out if len(out) <= LONG else None

@@ -21,7 +21,7 @@ from agentflow.calls import Call, Current, Here, Suspend, Unanswered, enclosing,
 from agentflow.cancelled import CancelledAfterCommit
 from agentflow.clock import FakeClock, pass_time
 from agentflow.clocks import start_clocks, stop_clocks
-from agentflow.engine import at_hand, keep_late, process
+from agentflow.engine import at_hand, keep_late, not_at_hand
 from agentflow.errors import JournalError, NotRecordable, RunCancelled, StepTimeout
 from agentflow.reuse import located
 from agentflow.run import Execution
@@ -37,7 +37,7 @@ def drive(call: Call) -> Generator[Any, Any, Any]:
     row = at_hand(call)
     if row is not None:
         return call.ex.deliver(call, row)
-    steps = process(call)
+    steps = not_at_hand(call)
     try:
         effect = steps.send(None)
     except StopIteration as stop:

@@ -4,10 +4,9 @@ Theory of operation
 -------------------
 ``step(...)`` captures what the function is given and *locates* the call: its ident (scope, name, given)
 and its place among exact repeats. If the journal has a record at exactly that place, the call claims it
-there and then, and awaiting it hands that record out if it may be used (``at_hand``). Otherwise awaiting
-the call runs ``process``, a generator without I/O of its own: it yields *effects* (run an attempt, commit,
-sleep, let siblings go first, wait for a person) which a driver performs, an asyncio one (``drive.py``) or
-a blocking one (``blocking.py``). A hit yields nothing.
+there and then. Awaiting the call runs ``process``, a generator without I/O of its own: it yields
+*effects* (run an attempt, commit, sleep, let siblings go first, wait for a person) which a driver
+performs, an asyncio one or a blocking one (``drive.py``). A hit yields nothing.
 
 What is written around one attempt, and what a crash at each point means:
 
@@ -93,11 +92,18 @@ def over_budget(error: BaseException) -> BudgetExceeded | None:
     return error if isinstance(error, BudgetExceeded) else None
 
 
+def process(call: Call) -> Process:
+    """Everything between ``await step(...)`` and its value."""
+    row = at_hand(call)
+    if row is not None:
+        return call.ex.deliver(call, row)
+    return (yield from not_at_hand(call))
+
+
 def at_hand(call: Call) -> Row | None:
     """What comes first: the record that a call has claimed where it stands, if it may be used, or None.
 
-    With None ``process`` takes over. This is apart because a hit is what most calls of a long run are, and a
-    generator would be a good part of its cost.
+    No generator, so that a driver which is one itself can hand out a record without a second one.
     """
     ex = call.ex
     if ex.suspended or (ex.left_branches and ex.is_left(call.here)):
@@ -115,8 +121,8 @@ def at_hand(call: Call) -> Row | None:
     return judge(call, call.slot)
 
 
-def process(call: Call) -> Process:
-    """Everything between ``await step(...)`` and its value, after ``at_hand`` gave None."""
+def not_at_hand(call: Call) -> Process:
+    """The rest of ``process``, after ``at_hand`` gave None."""
     ex = call.ex
     if ex.results and (given := ex.given_result(call)) is not None:
         return (yield from _supplied(call, given))

@@ -190,10 +190,11 @@ class Reads:
         while len(found) < limit and position < len(ids):
             some = ids[position : position + min(limit - len(found), _PAGE_ROWS)]
             position += len(some)
-            sql = (
-                f"SELECT rowid, key, mode, value FROM Cache WHERE rowid IN ({','.join('?' * len(some))}) ORDER BY rowid"
-            )
-            for rowid, key, mode, value in self._connection().execute(sql, some.tolist()).fetchall():
+            among, which = f"IN ({','.join('?' * len(some))})", some.tolist()
+            if some[-1] - some[0] == len(some) - 1:  # one after the other, as a run alone writes them
+                among, which = "BETWEEN ? AND ?", [some[0], some[-1]]
+            sql = f"SELECT rowid, key, mode, value FROM Cache WHERE rowid {among} ORDER BY rowid"
+            for rowid, key, mode, value in self._connection().execute(sql, which).fetchall():
                 # A dropped row's id can have gone to another key since.
                 if isinstance(key, str) and key.startswith(prefix):
                     text = value if mode == 1 and type(value) is str else self._text(key, mode, value)
