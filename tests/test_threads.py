@@ -384,11 +384,16 @@ def test_ctrl_c_while_a_brief_function_is_waited_for_loses_no_result(tmp_path: P
     import threading, time
     from agentflow import calls, drive
     drive.BRIEF = 30.0
-    go = threading.Event()
+    hit, go = threading.Event(), threading.Event()
+    def interrupted(*_):
+        if not hit.is_set():
+            hit.set()
+            raise KeyboardInterrupt
     def charge():
         note("charge")
         if sys.argv[1] == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+            while not hit.wait(0.05):  # again: one that comes just before the thread waits does not wake it
+                os.kill(os.getpid(), signal.SIGINT)
             go.wait(30)
         return "paid"
     @workflow
@@ -396,6 +401,7 @@ def test_ctrl_c_while_a_brief_function_is_waited_for_loses_no_result(tmp_path: P
         calls.here.get().ex.brief.add("charge")
         return await step("charge", charge)
     if sys.argv[1] == "interrupt":
+        signal.signal(signal.SIGINT, interrupted)
         loop = asyncio.new_event_loop()
         try:
             loop.run_until_complete(flow.run())
