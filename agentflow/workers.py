@@ -58,9 +58,10 @@ class Work:
         False: it is back already, and nothing is called.
         """
         with self._lock:
-            if not self.is_back:
-                self._tell = tell
-            return not self.is_back
+            if self.is_back:
+                return False
+            self._tell = tell
+        return True
 
     def wait(self, seconds: float) -> bool:
         """Hold up the calling thread until the function is back; False if it is not in that time."""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from agentflow import calls, drive, step, sync, workflow
-from agentflow.workers import Work, _Threads
+from agentflow.workers import Work, _Threads, in_flight
 from tests.programs import notes, run_program
 
 PATIENT = 30.0  # seconds; every function then counts as brief, and is waited for on the spot
@@ -90,12 +90,13 @@ def test_an_idle_thread_keeps_nothing_of_its_last_function_alive() -> None:
         pass
 
     pool, made = _Threads(), work(Big)
+    future = made.future()
     gc.disable()  # what went round in a circle would stay
     try:
         pool.start(made)
         until(lambda: pool._idle)
-        seen = weakref.ref(made.result())
-        del made
+        seen = weakref.ref(future.result())
+        del made, future
         assert seen() is None
     finally:
         gc.enable()
@@ -124,8 +125,9 @@ def test_a_future_can_be_had_before_and_after_the_function_is_back() -> None:
         each.run()
     for value, error, stopped in (before, [each.future() for each in (good, bad, odd)]):
         assert value.result(0) == "value" and isinstance(error.exception(0), ZeroDivisionError)
-        with pytest.raises(RuntimeError, match="stops raised StopIteration"):
+        with pytest.raises(RuntimeError, match="stops raised StopIteration") as caught:
             stopped.result(0)
+        assert isinstance(caught.value.__cause__, StopIteration)
 
 
 def test_waiting_on_the_spot_ends_when_the_function_is_back_or_the_time_is_over() -> None:
@@ -274,6 +276,7 @@ async def test_cancelled_in_the_turn_after_a_brief_function_its_result_is_record
 
     assert await flow.run() == "paid"
     assert charged == ["charge"] and found == [True] and tasks[0].cancelled()
+    assert flow.runs()[0].id not in {run for _, run, _ in in_flight}
 
 
 async def test_cancelled_while_the_loop_is_being_told_the_result_is_recorded(
@@ -381,11 +384,16 @@ def test_ctrl_c_while_a_brief_function_is_waited_for_loses_no_result(tmp_path: P
     import threading, time
     from agentflow import calls, drive
     drive.BRIEF = 30.0
-    go = threading.Event()
+    hit, go = threading.Event(), threading.Event()
+    def interrupted(*_):
+        if not hit.is_set():
+            hit.set()
+            raise KeyboardInterrupt
     def charge():
         note("charge")
         if sys.argv[1] == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+            while not hit.wait(0.05):  # again: one that comes just before the thread waits does not wake it
+                os.kill(os.getpid(), signal.SIGINT)
             go.wait(30)
         return "paid"
     @workflow
@@ -393,6 +401,7 @@ def test_ctrl_c_while_a_brief_function_is_waited_for_loses_no_result(tmp_path: P
         calls.here.get().ex.brief.add("charge")
         return await step("charge", charge)
     if sys.argv[1] == "interrupt":
+        signal.signal(signal.SIGINT, interrupted)
         loop = asyncio.new_event_loop()
         try:
             loop.run_until_complete(flow.run())
