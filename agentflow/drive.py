@@ -210,7 +210,7 @@ async def _in_thread(call: Call, current: Current) -> Any:
 
     threads.start(work)
     try:
-        # Being woken through the loop costs more than a brief function does: it is worth holding up the loop.
+        # Being woken through the loop costs more than a brief function does: that holds up the loop for less.
         if (call.name in ex.brief and work.wait(2 * BRIEF)) or not work.tell(back):
             await asyncio.sleep(0)  # other tasks get their turn all the same
         else:

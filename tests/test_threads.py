@@ -139,6 +139,17 @@ def test_waiting_on_the_spot_ends_when_the_function_is_back_or_the_time_is_over(
     assert held.wait(60) and held.result() is True
 
 
+def test_how_long_a_function_took_is_known() -> None:
+    def spins() -> None:
+        start = time.perf_counter()
+        while time.perf_counter() - start < 0.001:
+            pass
+
+    done = work(spins)
+    done.run()
+    assert done.took >= 0.001
+
+
 def test_a_function_that_never_comes_back_does_not_keep_the_process(tmp_path: Path) -> None:
     source = """
     import threading
