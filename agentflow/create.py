@@ -77,6 +77,7 @@ def _build(path: Path) -> str:
 def _build_store(folder: Path) -> str:
     import diskcache
 
+    _set_page_size(folder / DB_NAME)
     # Nothing reads it before it is complete and synced, so that building needs neither log nor syncs.
     settings = {**layout.SETTINGS, "sqlite_journal_mode": "memory", "sqlite_synchronous": 0, "sqlite_auto_vacuum": 0}
     diskcache.Cache(str(folder), disk=record_disk(), **settings).close()
@@ -97,6 +98,17 @@ def _build_store(folder: Path) -> str:
     finally:
         os.close(descriptor)
     return store
+
+
+def _set_page_size(file: Path) -> None:
+    """Begin the file that diskcache goes on with: the size of its pages is fixed when the first of them is written."""
+    con = sqlite3.connect(file, isolation_level=None)
+    try:
+        # A commit writes each page that it touches, most of them for a few bytes in an index.
+        con.execute("PRAGMA page_size = 2048")
+        con.execute("VACUUM")
+    finally:
+        con.close()
 
 
 # diskcache's triggers name texts in double quotes, which SQLite builds without DQS refuse, and its index of expiry

@@ -178,6 +178,7 @@ def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
             con.execute("PRAGMA mmap_size = 8388608")
         else:
             con.execute("PRAGMA synchronous = FULL")
+            con.execute("PRAGMA wal_autocheckpoint = 2000")  # 4 MB of log
     except BaseException:
         con.close()
         raise
