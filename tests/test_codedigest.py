@@ -448,6 +448,41 @@ def test_a_decorated_step_is_followed_to_its_function():
     assert code_of(f.__globals__["charge"]).reaches_model
 
 
+def test_what_a_call_is_given_is_reached_whatever_holds_it():
+    class Step:
+        __agentflow_step__ = True
+
+        def __init__(self, fn):
+            self.fn = fn
+
+    class Context:
+        __agentflow_context__ = True
+
+        def __init__(self):
+            self.fn = helper
+
+    class Client:
+        def __call__(self): ...
+
+    source = "def helper(): return 1\n"
+    helper = compiled(source, name="helper")
+    for given in (
+        "def f(x=helper): return x()",
+        "def f(*args): return args\nf.__wrapped__ = helper",
+        "def outer(x):\n  return lambda: x()\nf = outer(helper)",
+    ):
+        assert "app.helper" in dict(code_of(compiled(source + given)).parts), given
+    takes = compiled("def f(*args): return args")
+    for passed in ((helper,), ("a", Step(helper)), ([helper],), ({"a": helper},)):
+        assert "app.helper" in dict(code_of(takes, passed).parts), passed
+    assert "app.helper" in dict(code_of(takes, (), {"x": helper}).parts)
+    assert "app.helper" not in dict(code_of(takes, ("a", Context())).parts)
+    client = Client()
+    assert not code_of(takes, (client,)).reaches_model
+    client.__agentflow_model_call__ = True
+    assert code_of(takes, (client,)).reaches_model
+
+
 def test_an_edited_prompt_file_changes_the_code(monkeypatch):
     def load_prompt(name, **names): ...
 

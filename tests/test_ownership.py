@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from agentflow import opening, runs, step, workflow
-from agentflow.errors import RunBusy
+from agentflow.errors import LeaseLost, RunBusy
 from agentflow.sync import step as step_sync
 from agentflow.sync import workflow as workflow_sync
 from tests.programs import environment, notes, stop_between_commits, write_program
@@ -360,6 +360,23 @@ def test_eight_processes_that_ask_for_the_same_step_outside_a_workflow_run_it_on
 
 
 # -- one process ----------------------------------------------------------------------------------
+
+
+def test_after_a_long_pause_the_journal_is_asked_who_owns_the_run_before_a_function_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = []
+    monkeypatch.setattr("agentflow.run.lease_seconds", lambda: -1.0)  # as if half of it were always over
+    asked = []
+    monkeypatch.setattr("agentflow.run.holder", lambda journal, key: asked.append(key))  # nobody: it was taken away
+
+    @workflow_sync("paused")
+    def paused(ctx: Any) -> None:
+        step_sync("one", lambda: called.append(1))
+
+    with pytest.raises(LeaseLost):
+        paused.run_sync()
+    assert len(asked) == 1 and not called
 
 
 async def test_started_twice_in_one_process_the_second_is_told_to_await_the_first() -> None:

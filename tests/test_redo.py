@@ -226,6 +226,15 @@ async def test_a_step_whose_result_is_given_is_not_run_and_what_depends_on_it_is
     assert await line.options(rerun=["b"]).run("x") == "a:x/b/c" and calls == ["b"]
 
 
+async def test_that_a_result_is_given_is_said_once(caplog):
+    run = await line.start("x")
+    caplog.clear()
+    with caplog.at_level("INFO", logger="agentflow"):
+        await run.retry(results={"b": "given"})
+    said = [message.partition(" · ")[2] for message in caplog.messages if " · b" in message]
+    assert said == ["b ran again: asked for by rerun", "b: not run; its result is given"]
+
+
 async def test_a_failing_step_is_skipped_with_a_result():
     @workflow("stuck")
     async def stuck(ctx) -> str:
