@@ -418,7 +418,17 @@ def _short_id(journal: Journal, name: str, digest: str) -> str:
 
 
 def _next_id(journal: Journal, base: str) -> str:
-    number = 2
-    while rundocs.read(journal, f"{base}-{number}") is not None:
-        number += 1
-    return f"{base}-{number}" if rundocs.read(journal, base) is not None else base
+    """An id that no run has: ``base``, ``base-2``, ``base-3``... found in steps that double, then halve."""
+
+    def taken(number: int) -> bool:
+        return rundocs.read(journal, base if number == 1 else f"{base}-{number}") is not None
+
+    if not taken(1):
+        return base
+    low, high = 1, 2
+    while taken(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle) else (low, middle)
+    return f"{base}-{high}"

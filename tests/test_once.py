@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import agentflow
-from agentflow import Waiting, parallel, step, sync, tasks, workflow
+from agentflow import Waiting, parallel, rundocs, step, sync, tasks, workflow
 from agentflow.errors import StepFailed, StepTimeout, UsageError
 from tests.programs import notes, run_program
 
@@ -182,3 +182,24 @@ async def test_plan_of_an_unrecorded_step_is_unknown_and_runs_nothing() -> None:
     plan = await order.plan()
     assert [(s.name, s.state) for s in plan.steps] == [("a", "unknown"), ("b", "unknown")]
     assert ran == [] and "unknown" in str(plan)
+
+
+async def test_each_fresh_run_gets_the_next_number_and_looks_at_few_of_those_before() -> None:
+    @workflow(run_id=lambda n: f"n{n}")
+    async def counts(ctx: Any, n: int) -> str:
+        return ctx.run_id
+
+    reads: list[str] = []
+    read = rundocs.read
+
+    def counted(journal: Any, run_id: str) -> Any:
+        reads.append(run_id)
+        return read(journal, run_id)
+
+    ids = [await counts.options(fresh=True).run(1) for _ in range(40)]
+    assert ids == ["n1", *(f"n1-{number}" for number in range(2, 41))]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rundocs, "read", counted)
+        assert await counts.options(fresh=True).run(1) == "n1-41"
+    assert len([one for one in reads if one.startswith("n1")]) < 16
+    assert await counts.run(1) == "n1-41", "the newest is the current one"
