@@ -366,12 +366,12 @@ def test_after_a_long_pause_the_journal_is_asked_who_owns_the_run_before_a_funct
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     called = []
-    monkeypatch.setattr("agentflow.run.lease_seconds", lambda: -1.0)  # as if half of it were always over
     asked = []
     monkeypatch.setattr("agentflow.run.holder", lambda journal, key: asked.append(key))  # nobody: it was taken away
 
     @workflow_sync("paused")
     def paused(ctx: Any) -> None:
+        ctx._ex.lease.seconds = -1.0  # as if half of it were always over
         step_sync("one", lambda: called.append(1))
 
     with pytest.raises(LeaseLost):
