@@ -549,10 +549,12 @@ def test_network_file_systems_and_synchronised_folders_are_refused(tmp_path):
 
 
 def test_a_journal_deleted_while_in_use_acknowledges_nothing_more(journal):
-    journal.commit([Add("a", "1")])
+    fence = owned(journal)
+    journal.commit([Add("a", "1")], fence=fence)
     shutil.rmtree(journal.path)
-    with pytest.raises(JournalIncomplete, match="deleted"):
-        journal.commit([Add("b", "1")])
+    for given in (fence, None):
+        with pytest.raises(JournalIncomplete, match="deleted"):
+            journal.commit([Add("b", "1")], fence=given)
     fresh = Journal.open(journal.path)
     assert fresh is not journal and fresh.get("a") is None
     fresh.close()
@@ -778,6 +780,15 @@ def test_a_paid_reply_is_spilled_served_and_taken_in_by_the_next_commit(broken, 
     assert sql(broken.path, "SELECT value FROM Cache WHERE key = 'r/2'") == [("paid",)]
     assert not list(broken.path.glob("spill-*"))
     assert broken._writer.before is None
+
+
+def test_a_record_that_is_committed_alone_takes_in_what_was_spilled_before_it(broken):
+    insert = "INSERT INTO Cache (key, raw, mode, value) VALUES ('lease/r', 1, 1, ?)"
+    sql(broken.path, insert, '{"token":7,"pid":1}')
+    assert broken.commit([Add("r/2", "paid")], paid=True) == [True]
+    broken.mend()
+    assert broken.commit([Add("r/2", "other")], fence=Fence("lease/r", 7)) == [False], "the reply was there first"
+    assert sql(broken.path, "SELECT value FROM Cache WHERE key = 'r/2'") == [("paid",)]
 
 
 async def test_a_paid_reply_spilled_by_a_coroutine_survives_the_process(broken):
