@@ -433,7 +433,7 @@ def test_a_record_committed_alone_waits_for_another_process_and_is_refused_when_
 
     thread = threading.Thread(target=commit)
     thread.start()
-    while journal._writer._thread is None:  # it has met the lock and left its commit to the writer
+    while journal._writer._thread is None and thread.is_alive():  # it has met the lock and left its commit to the writer
         time.sleep(0.001)
     holder.execute("COMMIT")
     thread.join()
