@@ -174,9 +174,12 @@ def test_a_commit_without_any_change_costs_no_sync(journal):
 # -- sharing fsyncs --------------------------------------------------------------------------------
 
 
-async def test_200_commits_at_once_share_at_most_10_syncs(journal):
+@pytest.mark.parametrize("fenced", [True, False])
+async def test_200_commits_at_once_share_at_most_10_syncs(journal, fenced):
+    fence = owned(journal) if fenced else None
     before = journal._writer.transactions
-    results = await asyncio.gather(*[journal.acommit([Add(f"k{number}", "v" * 2000)]) for number in range(200)])
+    commits = [journal.acommit([Add(f"k{number}", "v" * 2000)], fence=fence) for number in range(200)]
+    results = await asyncio.gather(*commits)
     assert results == [[True]] * 200
     assert len(list(journal.keys("k"))) == 200
     assert journal._writer.transactions - before <= 10

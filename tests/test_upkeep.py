@@ -16,7 +16,7 @@ import agentflow
 from agentflow import Waiting, embed, generate_content, human_task, runs, step, tasks, upkeep, workflow
 from agentflow.cli.app import run
 from agentflow.journal import Journal
-from agentflow.layout import SIBLING
+from agentflow.layout import SIBLING, read_sibling
 from agentflow.store import DB_NAME
 from agentflow.testing import FakeModel
 from tests.programs import notes, run_program, start_program
@@ -173,6 +173,7 @@ def test_a_backup_opens_and_replays(filled, tmp_path, cli):
     copy = tmp_path / "backup"
     assert os.stat(copy).st_mode & 0o777 == 0o700 and (copy / ".gitignore").exists()
     assert upkeep.verify(copy).problems == []
+    assert read_sibling(copy).commits == read_sibling(filled.path).commits > 0, "an older copy put back would show"
     before = list(filled.scan(""))
     filled.close()
     agentflow.configure(path=copy)
