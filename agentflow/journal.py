@@ -123,14 +123,17 @@ class Journal:
                 "to begin an empty journal."
             )
 
-    def _note_commits(self, count: int) -> None:
+    def _note_commits(self, count: int, exact: bool) -> None:
         # After the fsync of the commit, so that it is never ahead of it. Through memory where that is safe: a
         # write() changes the file's times, which the next commit's fsync would have to bring to the disk too.
+        # One that is not exact leaves out what other processes have committed: it replaces no higher one.
+        digits, place = b"%020d" % count, slice(self._offset, self._offset + 20)
         try:
             if self._counter is not None:
-                self._counter[self._offset : self._offset + 20] = b"%020d" % count
-            else:
-                os.pwrite(self._sibling, b"%020d" % count, self._offset)
+                if exact or self._counter[place] < digits:
+                    self._counter[place] = digits
+            elif exact or os.pread(self._sibling, 20, self._offset) < digits:
+                os.pwrite(self._sibling, digits, self._offset)
         except OSError:  # a lower bound may lag behind
             log.debug("%s could not be updated", layout.SIBLING, exc_info=True)
 

@@ -69,7 +69,7 @@ class Writer:
     """
 
     def __init__(
-        self, path: Path, check: Callable[[], None], mark: Callable[[int], None], *, busy_seconds: float = 30.0
+        self, path: Path, check: Callable[[], None], mark: Callable[[int, bool], None], *, busy_seconds: float = 30.0
     ) -> None:
         self.path = path
         self.busy_seconds = busy_seconds
@@ -197,7 +197,7 @@ class Writer:
                     return False
             except sqlite3.Error:
                 return False  # a held lock, a full disk: the transaction meets it too, and deals with it
-            self._committed(self.sequence + 1)
+            self._committed(self.sequence + 1, exact=False)
             return True
 
     def _transact(self, jobs: list[Job[Any]], *, drain: bool) -> None:
@@ -236,10 +236,10 @@ class Writer:
         if done is not None:
             done()
 
-    def _committed(self, sequence: int) -> None:
+    def _committed(self, sequence: int, *, exact: bool = True) -> None:
         self.sequence = sequence
         self.transactions += 1
-        self._mark(sequence)
+        self._mark(sequence, exact)
 
     def _ready(self) -> sqlite3.Connection:
         con = self._con

@@ -444,6 +444,22 @@ def test_a_record_committed_alone_waits_for_another_process_and_is_refused_when_
     holder.close()
 
 
+@pytest.mark.parametrize("mapped", [True, False], ids=["through memory", "with write()"])
+def test_what_other_processes_have_committed_still_counts_after_a_record_committed_alone(tmp_path, monkeypatch, mapped):
+    monkeypatch.setattr(layout, "can_map", lambda folder: mapped)
+    journal = Journal.open(tmp_path / "j")
+    fence = owned(journal)
+    other = "import sys; from agentflow.journal import Add, Journal\nj = Journal.open(sys.argv[1])\n"
+    other += "for i in range(9): j.commit([Add(f'o{i}', 'v')])"
+    assert python(other, journal.path).communicate() == ("", "")
+    known = layout.read_sibling(journal.path).commits
+    journal.commit([Add("a", "1")], fence=fence)
+    assert layout.read_sibling(journal.path).commits >= known > journal._writer.sequence
+    journal.commit([Put("p", "1")])
+    assert layout.read_sibling(journal.path).commits == known + 3, "the row, the other row and its transaction"
+    journal.close()
+
+
 def test_rows_that_go_do_not_make_a_journal_look_incomplete(journal):
     fence = owned(journal)
     for number in range(20):
