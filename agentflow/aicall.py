@@ -17,7 +17,7 @@ import orjson
 from agentflow import agent, batches, codedigest, costs, generate, moments, otherform, prompts, sending
 from agentflow import files as files_in_records
 from agentflow.background import Flight
-from agentflow.calls import PLAIN, Call, Current, Options, Unanswered, here
+from agentflow.calls import PLAIN, Call, Current, Options, Unanswered, enclosing, here
 from agentflow.capture import capture, data_digest, data_text
 from agentflow.codedigest import code_of
 from agentflow.durations import Duration
@@ -80,8 +80,9 @@ class _Recorder:
     def _new(self) -> bool:
         """Whether nothing can be on record for this call: it is first asked in a run that has just begun."""
         ex, slot = self._call.ex, self._call.slot
-        begun = ex.prior is None and not ex.scratch and self._current.attempt == 1
-        return begun and slot is not None and slot.n < 0
+        if ex.prior is not None or ex.scratch or slot is None or slot.n >= 0:
+            return False
+        return all(step.attempt == 1 for step in (self._current, *enclosing(self._call)))
 
     def as_sent(self, prepared: generate.Call) -> generate.Call:
         """The call, waited for the way it was sent by an earlier attempt or process, if the provider is still at it.
@@ -104,7 +105,7 @@ class _Recorder:
         return Unanswered(lambda: made.wait(self._call, self._current, provider, body, key), made.forget)
 
     async def save(self, raw: dict[str, Any], *, body: dict[str, Any]) -> None:
-        key = f"{self._prefix}{self._count:04d}"
+        key = self._call.ex.reply_key(self._prefix, self._count)
         record = {**raw, "request": files_in_records.shortened(body), "step": self._call.name}
         assert self._ticket is not None
         await self._ticket.save(key, record)

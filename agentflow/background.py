@@ -33,6 +33,8 @@ MISSING = 3  # 404s in a row before a call counts as gone: one alone may come fr
 FAILED_LOOKS = 20  # in a row, about nine minutes, before an attempt gives up looking
 ENDED = (None, "completed", "incomplete", "failed", "cancelled", "expired")
 
+_COUNTED = {"cost": "0", "price": {"source": "counted before"}}
+
 sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 # Submissions under way in this process, by the rows of their step and the digest of the body.
@@ -83,6 +85,7 @@ class Flight:
         self._name = name
         self._prefix = f"i/{ex.key}/{occ}/"
         self._replies = f"m/{ex.key}/{occ}/"
+        self._own = f"{self._replies}{current.call.here.epoch}.{current.sample}/"
         self.current = current
         self.place = f"{ex.journal.id}/{self._prefix}"
 
@@ -90,6 +93,11 @@ class Flight:
         """The ids whose replies are saved."""
         replies = [orjson.loads(text)["body"] for _, text in self._ex.journal.scan(self._replies)]
         return {body.get("id") for body in replies if isinstance(body, dict)}
+
+    def came(self, asked: str) -> dict[str, Any] | None:
+        """A reply to this body which this attempt may use, and which another one that was given up has counted."""
+        rows = [orjson.loads(text) for _, text in self._ex.journal.scan(self._own)]
+        return next(({**row, **_COUNTED} for row in rows if row["asked"] == asked), None)
 
     def open(self, asked: str | None = None) -> str | None:
         """The id of a call for this body (None: for any) whose reply is not saved yet, or None."""
@@ -142,6 +150,9 @@ async def answer(provider: Any, body: dict[str, Any], timeout: float | None, fli
         # An attempt that was given up is still submitting this call: its id will be there in a moment.
         await asyncio.shield(asyncio.wrap_future(other))
     ident = flight.open(asked)
+    # Since this attempt looked for replies, one that was given up may have saved the call's.
+    if ident is None and (came := flight.came(asked)) is not None:
+        return came
     submitted = ident is None
     if ident is None:
         done = _submitting[place] = Future()
@@ -174,7 +185,7 @@ async def answer(provider: Any, body: dict[str, Any], timeout: float | None, fli
             raw = await _look(provider, body, ident, flight, rest=submitted)
         if ident in flight.settled():
             # Plain code cannot be stopped: an attempt that was given up has waited for the same call, and counted it.
-            raw = {**raw, "cost": "0", "price": {"source": "counted before"}}
+            raw = {**raw, **_COUNTED}
         return raw
     except TimeoutError as exc:
         if not clock.expired():

@@ -235,8 +235,7 @@ async def _keep(
     if vectors is not None:
         kept["body"] = {**raw["body"], "data": len(keys)}
     prefix = f"m/{ex.key}/{call.occ}/{call.here.epoch}.{current.sample}/"
-    count = sum(1 for _ in ex.journal.keys(prefix))
-    place = f"{prefix}{count:04d}"
+    place = ex.reply_key(prefix, sum(1 for _ in ex.journal.keys(prefix)))
     asked = {name: value for name, value in body.items() if name != "input"}
     about = {"provider": raw["provider"], "asked": asked, "reply": place}
     found = zip(keys, body["input"], vectors or (), strict=False)

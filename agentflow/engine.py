@@ -47,6 +47,7 @@ from agentflow.errors import (
     StepChanged,
     StepError,
     StepInDoubt,
+    StepTimeout,
     UsageError,
     Waiting,
 )
@@ -345,11 +346,11 @@ def _run(call: Call, again: int = 0) -> Process:
         if late := ex.late_result(call):
             text, value = late
             break
-        lent = current.lent > 0 and retry.resample and not (isinstance(failure, ModelError) and failure.retryable)
+        resample = retry.resample and not _out_of_time(failure)
+        lent = current.lent > 0 and resample and not (isinstance(failure, ModelError) and failure.retryable)
         if lent or _retries(retry, attempt, failure):
             delay = 0.0 if lent else _delay(retry, attempt, failure)
-            goes_on = isinstance(failure, ModelError) and failure.in_flight is not None
-            sample += 1 if retry.resample and not goes_on else 0
+            sample += 1 if resample else 0
             data = codec.encode_exception(failure)
             facts = {
                 "attempt": attempt,
@@ -363,7 +364,7 @@ def _run(call: Call, again: int = 0) -> Process:
             }
             doubt = 0
             tried = Add(f"a/{ex.key}/{call.occ}.{slot.n + 1}/{attempt + free:04d}", orjson.dumps(facts).decode())
-            yield ("commit", [tried, *(costs.judged(current, wasted=True) if retry.resample else ())], False)
+            yield ("commit", [tried, *(costs.judged(current, wasted=True) if resample else ())], False)
             if lent:
                 free += 1
                 ex.say(f"{call.name}: what had been paid for before fails again ({_brief(failure)}); asking anew")
@@ -587,6 +588,11 @@ def _retries(retry: Retry, attempt: int, failure: Exception) -> bool:
         return bool(retry.retry_if(failure))
     # A request that the provider refuses for good is refused again.
     return not (isinstance(failure, ModelError) and (failure.status or 0) >= 400 and not failure.retryable)
+
+
+def _out_of_time(failure: Exception) -> bool:
+    """Whether an attempt ended before it could find anything wrong with the answers it has paid for."""
+    return isinstance(failure, StepTimeout) or (isinstance(failure, ModelError) and failure.in_flight is not None)
 
 
 def _delay(retry: Retry, attempt: int, failure: Exception) -> float:

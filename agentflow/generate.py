@@ -203,10 +203,11 @@ async def converse(call: Call, recorder: Recorder, listener: Listener | None = N
     known = True
     turn = 0
     while True:
-        if turn < len(paid) and (turn == 0 or paid[turn].get("asked") == digest(body)):
-            raw = paid[turn]
+        found = paid[:1] if turn == 0 else [raw for raw in paid if raw.get("asked") == digest(body)]
+        if found:
+            raw = found[0]
         else:
-            paid = paid[:turn]
+            paid = []
             if call.batch:  # nothing is sent here, so nothing is set aside, nor in doubt
                 raise recorder.later(call.request["provider"], body)
             async with recorder.sending(body, call.max_tokens):

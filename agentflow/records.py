@@ -42,7 +42,8 @@ class Retry:
         jitter: draw each delay evenly between half and all of it, so that many do not come at once.
         retry_if: called with the exception; False gives up at once. None retries every ``Exception`` but the
             ``ModelError`` of a request that its provider refuses for good, such as one with status 400 or 401.
-        resample: True asks the model again in a new attempt; False reuses what an attempt had paid for.
+        resample: True asks the model again in a new attempt; False reuses what an attempt had paid for. An attempt that
+            ran out of time has found nothing wrong with its answers: what it had paid for is used in either case.
 
     >>> [Retry(jitter=False, initial_delay=1, max_delay=5).delay(n) for n in (1, 2, 3, 4)]
     [1.0, 2.0, 4.0, 5.0]

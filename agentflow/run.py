@@ -144,6 +144,7 @@ class Execution(Places):
         self._uuids: dict[str, list[int]] | None = None
         self._starts: list[tuple[str, list[int]]] | None = None
         self._late: dict[str, tuple[str, Any]] = {}
+        self._replies: dict[str, int] = {}  # the number of the newest reply, by what names its call
         self._held = time.time()
         self._prompts: dict[int, dict[str, str]] = {}
 
@@ -448,6 +449,14 @@ class Execution(Places):
     def keep_for_retry(self, call: Call, text: str, value: Any) -> None:
         """A result that came while the step waits for its next attempt, which then is not needed."""
         self._late[call.occ] = (text, value)
+
+    def reply_key(self, prefix: str, count: int) -> str:
+        """A key of its own for a reply to the call that ``prefix`` names, of which ``count`` were found on record.
+
+        An attempt that was given up may still be bringing a reply of its own to the same call.
+        """
+        number = self._replies[prefix] = max(count, self._replies.get(prefix, -1) + 1)
+        return f"{prefix}{number:04d}"
 
     def late_result(self, call: Call) -> tuple[str, Any] | None:
         return self._late.pop(call.occ, None)

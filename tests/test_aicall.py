@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -433,6 +434,70 @@ async def test_retry_of_a_step_asks_the_model_anew_or_reuses_by_resample(no_dela
         with pytest.raises(ValueError):
             await flow.run(2, False)
         assert len(model.calls) == 1
+
+
+async def test_attempt_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_next(no_delay: list[float]) -> None:
+    tried: list[str] = []
+
+    async def research() -> str:
+        text = await generate_content("Look it up", model=MODEL)
+        tried.append(text)
+        if len(tried) == 1:
+            await asyncio.Event().wait()  # what comes after the call never ends
+        return text
+
+    @workflow("slow-after-the-call")
+    async def flow(ctx: Context) -> str:
+        return await step("research", research, timeout=1, retry=Retry(max_attempts=9, initial_delay=0.001))
+
+    with FakeModel(["found"]) as model:
+        assert await flow.run() == "found"
+    assert tried == ["found", "found"] and len(model.calls) == 1
+
+
+@pytest.mark.parametrize("resample", [True, False])
+async def test_reply_that_comes_after_its_attempt_ran_out_of_time_is_used_by_the_next(
+    resample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @workflow("late-reply")
+    async def flow(ctx: Context) -> str:
+        async def research() -> str:
+            if server.arrived and not rows():
+                await asyncio.Event().wait()  # till this attempt's time is up as well
+            return await generate_content("Hi", model=MODEL)
+
+        retry = Retry(max_attempts=99, initial_delay=0.001, backoff="fixed", resample=resample)
+        return await step("research", research, timeout=0.2, retry=retry)
+
+    def rows() -> list[str]:
+        journal = Journal.open(os.environ["AGENTFLOW_PATH"])
+        return [key for key, _ in journal.scan("m/")]
+
+    with Loopback(latency=0.5) as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        assert await flow.run() == answer_to("Hi")
+        assert len(server.arrived) == 1 and len(rows()) == 1
+
+
+@pytest.mark.parametrize("resample", [True, False])
+async def test_replies_to_several_attempts_that_ran_out_of_time_are_all_recorded(
+    resample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @workflow("late-replies")
+    async def flow(ctx: Context) -> str:
+        retry = Retry(max_attempts=99, initial_delay=0.001, backoff="fixed", resample=resample)
+        return await step("ask", lambda: generate_content("Hi", model=MODEL), timeout=0.4, retry=retry)
+
+    with Loopback(latency=1) as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        run = await flow.start()
+        assert await run == answer_to("Hi")
+        journal = Journal.open(os.environ["AGENTFLOW_PATH"])
+        kept = [key for key, _ in journal.scan("m/")]
+        assert len(server.arrived) == len(kept) > 1
+        assert runs.get(run.id).cost == len(kept) * Decimal("0.00000555")
 
 
 # -- what an edit means --------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from agentflow import (
     StepTimeout,
     Truncated,
     UsageError,
+    aicall,
     background,
     generate_content,
     providers,
@@ -360,6 +361,43 @@ async def test_attempt_given_up_while_it_submits_leaves_its_call_to_the_next(ser
 
     assert await early.run() == answer_to("Hi")
     assert len(server.arrived) == 1
+
+
+async def test_reply_saved_by_an_attempt_that_was_given_up_while_the_next_begins_is_not_submitted_again(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.polls = 0
+    went_on, saves = asyncio.Event(), 0
+    save, answer = aicall._Recorder.save, background.answer
+
+    async def saves_late(self: Any, raw: Any, **how: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 1:  # its attempt is given up meanwhile
+            await went_on.wait()
+        await save(self, raw, **how)
+        saved.set()
+
+    saved = asyncio.Event()
+
+    async def begins(*args: Any) -> Any:
+        if saves:
+            went_on.set()
+            await saved.wait()
+        return await answer(*args)
+
+    monkeypatch.setattr(aicall._Recorder, "save", saves_late)
+    monkeypatch.setattr(background, "answer", begins)
+
+    @workflow("both")
+    async def both(ctx: Context) -> Any:
+        return await step("patient", ask, timeout=1, retry=Retry(max_attempts=99, initial_delay=0.001))
+
+    run = await both.start()
+    assert await run == answer_to("Hi")
+    assert len(server.arrived) == 1
+    (paid, found) = (run.cost, runs.get(run.id))
+    assert found.steps[0].attempts == 2 and found.cost == paid
 
 
 async def test_enclosing_step_that_may_not_retry_raises_and_the_next_run_waits_for_the_same_call(
