@@ -269,6 +269,18 @@ async def test_a_call_broken_off_between_turns_buys_only_the_missing_turn() -> N
         assert await ask(call, Memory(paid=before.saved + after.saved)) == Item(name="tea")
 
 
+async def test_turns_of_two_attempts_between_each_other_are_found_all_the_same() -> None:
+    call = prepare("Hi", model=OPENAI, output_type=Item)
+    one, other = Memory(), Memory()
+    with FakeModel(["{}", Item(name="tea")]):
+        await ask(call, one)
+    with FakeModel(['{"nome": "x"}', Item(name="cup")]):
+        await ask(call, other)
+    mixed = Memory(paid=[one.saved[0], *other.saved, one.saved[1]])
+    with FakeModel([]):
+        assert await ask(call, mixed) == Item(name="tea")
+
+
 async def test_a_recorded_turn_counts_only_for_the_question_it_answered() -> None:
     memory = Memory()
     with FakeModel(["{}", Item(name="old")]):
