@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +29,7 @@ from agentflow import (
     load_prompt,
     runs,
     step,
+    sync,
     workflow,
 )
 from agentflow.journal import Journal
@@ -452,6 +454,28 @@ async def test_attempt_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_n
 
     with FakeModel(["found"]) as model:
         assert await flow.run() == "found"
+    assert tried == ["found", "found"] and len(model.calls) == 1
+
+
+def test_attempt_of_plain_code_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_next() -> None:
+    tried: list[str] = []
+    go = threading.Event()
+
+    def research() -> str:
+        text = sync.generate_content("Look it up", model=MODEL)
+        tried.append(text)
+        if len(tried) == 1:
+            go.wait()  # what comes after the call does not end in time
+            raise ValueError("too late")
+        return text
+
+    @sync.workflow("slow-after-the-call-plain")
+    def flow(ctx: Context) -> str:
+        return sync.step("research", research, timeout=1, retry=Retry(max_attempts=9, initial_delay=0.001))
+
+    with FakeModel(["found"]) as model:
+        assert flow.run() == "found"
+        go.set()
     assert tried == ["found", "found"] and len(model.calls) == 1
 
 

@@ -7,6 +7,7 @@ whichever structure made the records and whichever asks for them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sqlite3
 from collections import Counter
@@ -277,7 +278,7 @@ def test_what_was_paid_before_a_kill_is_used_in_another_structure(before: str, a
     run_program(file, tmp_path, before, "4", expect_kill=True)
     there = notes(tmp_path)
     # Those whose reply had come before the last were finished; the others were in flight, and have to be asked again.
-    with sqlite3.connect(tmp_path / "journal" / "cache.db") as con:
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal" / "cache.db")) as con:
         rows = [value for (value,) in con.execute("SELECT value FROM Cache WHERE key LIKE 'm/%'")]
     paid = {text for text in there if any(f'"{text}"' in row or f"{text}!" in row for row in rows)}
     assert len(there) == 4 and len(paid) >= 1
