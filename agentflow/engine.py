@@ -403,7 +403,8 @@ def keep_late(current: Current, result: Any) -> None:
     """A function came back after its caller had been released: record what it returned.
 
     While the step is still being tried the next attempt takes it; otherwise it becomes a version of its
-    own, beside the failure if one was recorded, which the next execution may use.
+    own, beside the failure if one was recorded, which the next execution may use. Where another attempt has completed,
+    the caller has that result, and so must every replay.
     """
     call = current.call
     ex = call.ex
@@ -411,6 +412,9 @@ def keep_late(current: Current, result: Any) -> None:
     text, value = codec.roundtrip(result, where="result")
     if not (current.left or ex.closed or slot.n >= current.version):
         ex.keep_for_retry(call, text, value)
+        return
+    if ex.answered_since(current):
+        ex.say(f"{call.name}: came back after another attempt had completed, whose result stands")
         return
     head = _head(call, current, slot, order, asked, started, current.attempt, current.sample, 0)
     given = call.given if len(call.given) <= 65536 else ""

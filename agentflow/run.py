@@ -192,8 +192,19 @@ class Execution(Places):
         """Whether a late result may stand in for the failure recorded before it."""
         if self.scratch or n == 0:
             return True
-        head = self.records.row(slot, n - 1).head
-        return head["status"] != "failed" or self.tried_again(head)
+        heads = (self.records.row(slot, below).head for below in range(n - 1, -1, -1))
+        head = next((head for head in heads if not head.get("late")), None)
+        return head is None or head["status"] != "failed" or self.tried_again(head)
+
+    def answered_since(self, current: Current) -> bool:
+        """Whether another attempt of a step has completed since this one, which was given up, had begun."""
+        call, slot = current.call, current.facts[0]
+        for n in range(current.version, slot.n + 1):
+            head = self.records.row(slot, n).head
+            completed = head["status"] == "completed" and not head.get("late") and self.counts(slot, n)
+            if completed and (not head.get("ai") or head["epoch"] == call.here.epoch):
+                return True
+        return False
 
     def _failed_with(self, head: dict[str, Any]) -> int:
         """The first execution after this failure that failed and is run again, or 0: so long, code may handle it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sqlite3
@@ -1290,6 +1291,60 @@ def test_a_result_that_comes_during_the_retry_delay_is_taken_instead_of_a_second
     assert slow.run_sync() == "late"
     helper.join()
     assert notes(folder) == ["begun", "done"]
+
+
+def test_a_result_that_comes_after_another_attempt_completed_does_not_take_its_place(folder: Path, again: Any) -> None:
+    came = threading.Event()
+
+    def twice() -> str:
+        note("begun")
+        if len(notes(folder)) == 1:
+            until(lambda: is_set("go"), what="the flag")
+            came.set()
+            return "first"
+        return "second"
+
+    @workflow
+    async def slow(ctx: Any) -> str:
+        got = await step("twice", twice, timeout=0.5, retry=Retry(max_attempts=2, initial_delay=0.001))
+        if not came.is_set():
+            flag("go")
+            await asyncio.to_thread(until, lambda: "came back after" in "".join(said), what="the late result")
+        return got
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("agentflow").addHandler(handler)
+    try:
+        assert slow.run_sync() == "second"
+    finally:
+        logging.getLogger("agentflow").removeHandler(handler)
+    assert [step.output for step in slow.runs()[0].steps] == ["second"]
+    again()
+    assert slow.run_sync() == "second"
+
+
+def test_two_results_that_come_late_leave_a_handled_failure_as_it_was(folder: Path, again: Any) -> None:
+    def twice() -> str:
+        note("begun")
+        own = f"go-{len(notes(folder))}"
+        until(lambda: is_set(own), what="the flag")
+        return own
+
+    @workflow
+    async def slow(ctx: Any) -> str:
+        try:
+            return await step("twice", twice, timeout=0.3, retry=Retry(max_attempts=2, initial_delay=0.001))
+        except StepTimeout:
+            return await step("instead", lambda: "instead")
+
+    assert slow.run_sync() == "instead"
+    for n in (1, 2):
+        flag(f"go-{n}")
+        until(lambda: len(list(_rows(folder, "s/"))) == 2 + n, what="the late result")
+    again()
+    assert slow.run_sync() == "instead"
 
 
 def _rows(folder: Path, prefix: str) -> Iterator[str]:
