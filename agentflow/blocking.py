@@ -23,6 +23,8 @@ from agentflow.waits import PENDING, Wait, inside, pauses
 def drive_blocking(call: Any) -> Any:
     """Run ``process`` in the calling thread."""
     call.started = True
+    if any(current.over for current in enclosing(call)):
+        raise Suspend  # the next attempt does what is left, and may be at it
     ex = call.ex
     steps = process(call)
     send: Any = steps.send
@@ -87,6 +89,7 @@ def _attempt_blocking(call: Call, current: Current, timeout: float | None) -> An
                 if clock is None or not clock.expired():
                     continue
                 late = error
+            current.over = True
             if is_async:
                 future.cancel()
             else:

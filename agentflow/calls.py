@@ -141,6 +141,7 @@ class Current:
         "left",
         "lent",
         "name",
+        "over",
         "parent",
         "run_id",
         "sample",
@@ -163,6 +164,7 @@ class Current:
         self.parent = call.here.outer
         self.lent = 0
         self.left = False
+        self.over = False  # its time is up: plain code, which cannot be stopped, starts no further step in it
         self.stop: Callable[[], Any] | None = None  # ends a wait for what goes on elsewhere
         self.undoes = False
         self.version = call.slot.n + 1 if call.slot is not None else 0

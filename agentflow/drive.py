@@ -112,6 +112,7 @@ async def _attempt(call: Call, current: Current, timeout: float | None) -> Any:
                 return await _invoke(call, current)
         except TimeoutError as error:
             if clock.expired():
+                current.over = True
                 raise located(StepTimeout(f"step {call.name!r} took longer than {timeout:g}s"), call) from error
             raise
     except Exception:

@@ -1325,6 +1325,53 @@ def test_a_result_that_comes_after_another_attempt_completed_does_not_take_its_p
     assert slow.run_sync() == "second"
 
 
+@pytest.mark.parametrize("form", ["plain", "nested", "branches", "thread of an async workflow"])
+def test_an_attempt_of_plain_code_that_was_given_up_starts_no_further_step(form: str, folder: Path) -> None:
+    """Its thread goes on, and would do what the next attempt does as well."""
+    go, over = threading.Event(), threading.Event()
+
+    def inside() -> str:
+        attempt = notes(folder).count("attempt")
+        sync.step("first", note, "first")
+        if attempt == 1:
+            go.wait(60)
+        got = sync.step("charge", note, "charged")
+        go.set()
+        assert attempt == 2 or over.wait(60)
+        return str(got)
+
+    def pay() -> Any:
+        note("attempt")
+        attempt = notes(folder).count("attempt")
+        try:
+            if form == "nested":
+                return sync.step("nested", inside)
+            if form == "branches":
+                return sync.parallel([inside])
+            return inside()
+        finally:
+            if attempt == 1:
+                over.set()
+
+    retry = Retry(max_attempts=2, initial_delay=0.001)
+
+    @sync.workflow("given-up")
+    def plain(ctx: Any) -> Any:
+        got = sync.step("pay", pay, timeout=0.5, retry=retry)
+        assert over.wait(60)
+        return got
+
+    @workflow("given-up-async")
+    async def threads(ctx: Any) -> Any:
+        got = await step("pay", pay, timeout=0.5, retry=retry)
+        await asyncio.to_thread(over.wait, 60)
+        return got
+
+    run = (threads if form.startswith("thread") else plain).run_sync()
+    assert run in ("None", ["None"])
+    assert notes(folder) == ["attempt", "first", "attempt", "charged"]
+
+
 def test_two_results_that_come_late_leave_a_handled_failure_as_it_was(folder: Path, again: Any) -> None:
     def twice() -> str:
         note("begun")
