@@ -386,13 +386,11 @@ def _run(call: Call, again: int = 0) -> Process:
             call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=True))
         yield from _record(call, slot, head, "null")
         if late := ex.late_result(call):
-            kept = Row.compose(head | {"status": "completed", "late": True}, late[0], call.given)
+            kept = _row(call, head | {"status": "completed", "late": True}, late[0])
             yield ("commit", [ex.records.record(slot, kept)], False)
             slot.n += 1
         raise ex.failure(call, head, replayed=False) from failure
     head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
-    if options.secret:
-        head["secret"], text = True, "null"
     if call.kind == "ai":
         call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=False))
     yield from _record(call, slot, head, text)
@@ -417,8 +415,7 @@ def keep_late(current: Current, result: Any) -> None:
         ex.say(f"{call.name}: came back after another attempt had completed, whose result stands")
         return
     head = _head(call, current, slot, order, asked, started, current.attempt, current.sample, 0)
-    given = call.given if len(call.given) <= 65536 else ""
-    row = ex.records.record(slot, Row.compose(head | {"late": True}, text, given))
+    row = ex.records.record(slot, _row(call, head | {"late": True}, text))
     try:
         kept = ex.journal.commit([row], fence=ex.own_fence())[0]
     except LeaseLost:
@@ -463,14 +460,19 @@ def _in_doubt(call: Call, slot: Slot, state: Attempts) -> Process:
     return ex.finished(call, slot, head, value)
 
 
+def _row(call: Call, head: dict[str, Any], output: str) -> str:
+    """The text of a record; the output of a secret step is in none."""
+    given = call.given if len(call.given) <= 65536 else ""
+    return Row.compose(head, "null" if call.options.secret else output, given)
+
+
 def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Generator[Effect, Any, None]:
     ex = call.ex
-    given = call.given if len(call.given) <= 65536 else ""
     completed = head["status"] == "completed"
     named: tuple[str, ...] = ()
     if call.extra_ops and (named := tuple(extra for extra in call.extra_ops if isinstance(extra, str))):
         head["named"] = named[0]
-    text = Row.compose(head, output, given)
+    text = _row(call, head, output)
     ops: list[Any] = [ex.records.record(slot, text)]
     for extra in call.extra_ops:
         if not isinstance(extra, str):
@@ -523,6 +525,8 @@ def _head(
     }
     if current.undoes:
         head["undoes"] = True
+    if call.options.secret:
+        head["secret"] = True
     if current.used_model:
         head["ai"] = True
     if current.used_model or (call.code is not None and call.code.reaches_model):

@@ -1258,6 +1258,37 @@ def test_a_late_result_of_a_sync_function_is_recorded_and_used_by_the_next_run(
     assert notes(folder) == ["begun", "done"]
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_late_result_of_a_secret_step_is_not_recorded_either(attempts: int, folder: Path) -> None:
+    def blocked() -> str:
+        until(lambda: is_set("go"), what="the flag")
+        return "hush-hush"
+
+    def release() -> None:
+        until(lambda: list(_rows(folder, "a/")), what="the failed attempt")
+        flag("go")
+
+    @workflow
+    async def slow(ctx: Any) -> int:
+        retry = Retry(max_attempts=attempts, initial_delay=0.5, jitter=False)
+        return len(await step("blocked", blocked, timeout=0.05, retry=retry, secret=True))
+
+    if attempts == 1:
+        with pytest.raises(StepTimeout):
+            slow.run_sync()
+        flag("go")
+        until(lambda: len(list(_rows(folder, "s/"))) == 2, what="the late result")
+    else:  # it comes during the delay
+        helper = threading.Thread(target=release)
+        helper.start()
+        assert slow.run_sync() == 9
+        helper.join()
+    from agentflow.scratch import open_journal
+
+    texts = [text for _, text in open_journal().scan("")]
+    assert texts and not any("hush" in text for text in texts)
+
+
 def test_a_timeout_that_was_handled_is_history_whatever_comes_late(folder: Path, again: Any) -> None:
     @workflow
     async def slow(ctx: Any) -> str:
