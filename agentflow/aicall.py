@@ -54,23 +54,25 @@ class _Recorder:
         # What a batch has brought to this very attempt is counted already.
         lent = [raw for key, raw in rows if ex.counted.get(key) is not self._current] if rows else found
         ex.counted |= {key: self._current for key, _ in rows}
-        step: Current | None = self._current if lent else None
-        while step is not None:
-            step.lent += len(lent)
+        # What an earlier attempt of this execution has paid for is no replay.
+        paid_now = [raw["ledger"] in ex.entered for raw in lent]
+        for step in self._around() if lent else ():
+            step.lent += paid_now.count(False)
             step.used_model = True
-            step = step.parent
-        for raw in lent:
+        for raw, now in zip(lent, paid_now, strict=True):
             text = ex.journal.get(raw["ledger"])
             if text is not None:
                 self._current.stands_on((raw["ledger"], orjson.loads(text)))
             if raw["cost"] is not None:
                 split = {costs.model_of(self._call.request): Decimal(raw["cost"])}
-                ex.saved(costs.outermost(self._current), split)
-                step = self._current
-                while step is not None:
+                if not now:
+                    ex.saved(costs.outermost(self._current), split)
+                for step in self._around():
                     step.spent(split)
-                    step = step.parent
         return found
+
+    def _around(self) -> list[Current]:
+        return [self._current, *enclosing(self._call)]
 
     def _of_another_form(self) -> list[dict[str, Any]]:
         """The one reply to try: the newest that fits the type as it is now, or the newest."""
@@ -82,7 +84,7 @@ class _Recorder:
         ex, slot = self._call.ex, self._call.slot
         if ex.prior is not None or ex.scratch or slot is None or slot.n >= 0:
             return False
-        return all(step.attempt == 1 for step in (self._current, *enclosing(self._call)))
+        return all(step.attempt == 1 for step in self._around())
 
     def as_sent(self, prepared: generate.Call) -> generate.Call:
         """The call, waited for the way it was sent by an earlier attempt or process, if the provider is still at it.

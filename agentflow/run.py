@@ -132,6 +132,7 @@ class Execution(Places):
         self.results_used: set[str] = set()
         self.unstarted: list[str] = []
         self.batches: Any = None
+        self.entered: set[str] = set()  # the ledger's rows of the replies that this execution has paid for
         self.counted: dict[str, Any] = {}  # replies: the attempt their cost is counted for
         self.loop: Any = None
         self.watcher: Any = None
@@ -254,10 +255,13 @@ class Execution(Places):
         cost = head.get("cost")
         outer = place.outer
         split: dict[str, Decimal] = {}
+        # A retried step uses again what an attempt of this very execution has made: that is no replay.
+        earlier = self.scratch or head["s0"][0] < self.number or call.options.idempotency_key is not None
         if cost is not None:
             split = {model: Decimal(part) for model, part in head.get("by_model", {}).items()}
             split = split or {costs.model_of(call.request): Decimal(cost)}
-            self.saved(call.name if outer is None else costs.outermost(outer), split)
+            if earlier:
+                self.saved(call.name if outer is None else costs.outermost(outer), split)
         undoes, compensates = head.get("undoes"), call.options.compensate is not None
         if undoes or compensates:
             # What another run did, or nobody, is not undone here.
@@ -342,6 +346,7 @@ class Execution(Places):
             self.totals.unpriced += 1
         else:
             self.totals.paid += cost
+        self.entered.add(entry[0])
         current.stands_on(entry)
         step: Current | None = current
         while step is not None:

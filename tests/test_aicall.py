@@ -457,6 +457,27 @@ async def test_attempt_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_n
     assert tried == ["found", "found"] and len(model.calls) == 1
 
 
+async def test_answer_that_an_attempt_out_of_time_has_left_gives_no_attempt_for_nothing(no_delay: list[float]) -> None:
+    tried: list[str] = []
+
+    async def research() -> str:
+        text = await generate_content("Look it up", model=MODEL)
+        tried.append(text)
+        if len(tried) == 1:
+            await asyncio.Event().wait()
+        raise ValueError("a bad answer")
+
+    @workflow("bad-and-late")
+    async def flow(ctx: Context) -> str:
+        return await step("research", research, timeout=1, retry=Retry(max_attempts=3, initial_delay=0.001))
+
+    with FakeModel(["bad", "worse"]) as model:
+        run = await flow.start()
+    assert tried == ["bad", "bad", "worse"] and len(model.calls) == 2
+    assert run.status == "failed" and run.steps[0].attempts == 3
+    assert run.saved == 0
+
+
 def test_attempt_of_plain_code_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_next() -> None:
     tried: list[str] = []
     go = threading.Event()
