@@ -25,6 +25,7 @@ from agentflow import (
     Retry,
     StepFailed,
     Truncated,
+    aicall,
     generate_content,
     load_prompt,
     runs,
@@ -450,7 +451,7 @@ async def test_attempt_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_n
 
     @workflow("slow-after-the-call")
     async def flow(ctx: Context) -> str:
-        return await step("research", research, timeout=1, retry=Retry(max_attempts=9, initial_delay=0.001))
+        return await step("research", research, timeout=2, retry=Retry(max_attempts=9, initial_delay=0.001))
 
     with FakeModel(["found"]) as model:
         assert await flow.run() == "found"
@@ -458,9 +459,11 @@ async def test_attempt_that_ran_out_of_time_leaves_what_it_has_paid_for_to_the_n
 
 
 async def test_answer_that_an_attempt_out_of_time_has_left_gives_no_attempt_for_nothing(no_delay: list[float]) -> None:
-    tried: list[str] = []
+    begun, tried = 0, []
 
     async def research() -> str:
+        nonlocal begun
+        begun += 1
         text = await generate_content("Look it up", model=MODEL)
         tried.append(text)
         if len(tried) == 1:
@@ -469,12 +472,45 @@ async def test_answer_that_an_attempt_out_of_time_has_left_gives_no_attempt_for_
 
     @workflow("bad-and-late")
     async def flow(ctx: Context) -> str:
-        return await step("research", research, timeout=1, retry=Retry(max_attempts=3, initial_delay=0.001))
+        return await step("research", research, timeout=2, retry=Retry(max_attempts=3, initial_delay=0.001))
 
-    with FakeModel(["bad", "worse"]) as model:
+    with FakeModel(["bad", "worse", "worst"], all_used=False):
         run = await flow.start()
-    assert tried == ["bad", "bad", "worse"] and len(model.calls) == 2
-    assert run.status == "failed" and run.steps[0].attempts == 3
+    assert run.status == "failed" and run.steps[0].attempts == begun == 3
+    assert tried[:2] == ["bad", "bad"] and run.saved == 0
+
+
+async def test_reply_that_an_attempt_out_of_time_had_saved_gives_no_attempt_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, no_delay: list[float]
+) -> None:
+    begun = saves = 0
+    tried_all = asyncio.Event()
+    save = aicall._Recorder.save
+
+    async def saves_and_waits(self: Any, raw: Any, **how: Any) -> None:
+        nonlocal saves
+        saves += 1
+        first = saves == 1
+        await save(self, raw, **how)
+        if first:  # its attempt is given up meanwhile
+            await tried_all.wait()
+
+    monkeypatch.setattr(aicall._Recorder, "save", saves_and_waits)
+
+    async def count() -> int:
+        nonlocal begun
+        begun += 1
+        await generate_content("How many?", model=MODEL, output_type=int)
+        tried_all.set()
+        raise ValueError("a bad answer")
+
+    @workflow("half-and-late")
+    async def flow(ctx: Context) -> int:
+        return await step("count", count, timeout=2, retry=Retry(max_attempts=2, initial_delay=0.001))
+
+    with FakeModel(["many", "3", "4"], all_used=False):
+        run = await flow.start()
+    assert run.status == "failed" and run.steps[0].attempts == begun == 2
     assert run.saved == 0
 
 
@@ -492,7 +528,7 @@ def test_attempt_of_plain_code_that_ran_out_of_time_leaves_what_it_has_paid_for_
 
     @sync.workflow("slow-after-the-call-plain")
     def flow(ctx: Context) -> str:
-        return sync.step("research", research, timeout=1, retry=Retry(max_attempts=9, initial_delay=0.001))
+        return sync.step("research", research, timeout=2, retry=Retry(max_attempts=9, initial_delay=0.001))
 
     with FakeModel(["found"]) as model:
         assert flow.run() == "found"
