@@ -50,7 +50,7 @@ class _Recorder:
             return []
         rows = [(key, orjson.loads(text)) for key, text in ex.journal.scan(self._prefix)]
         self._count = len(rows)
-        found = [raw for _, raw in rows] or self._of_another_form()
+        found = [raw for _, raw in rows] or self._unseen() or self._of_another_form()
         # What a batch has brought to this very attempt is counted already.
         lent = [raw for key, raw in rows if ex.counted.get(key) is not self._current] if rows else found
         ex.counted |= {key: self._current for key, _ in rows}
@@ -73,6 +73,17 @@ class _Recorder:
 
     def _around(self) -> list[Current]:
         return [self._current, *enclosing(self._call)]
+
+    def _unseen(self) -> list[dict[str, Any]]:
+        """Replies to an attempt of the steps around that ended while its call was in flight: no code has judged them."""
+        ex, slot = self._call.ex, self._call.slot
+        if slot is None or (n := ex.newest(slot)) is None:
+            return []
+        head = ex.records.row(slot, n).head
+        if not head.get("late") or head["epoch"] == self._call.here.epoch:
+            return []
+        prefix = f"m/{ex.key}/{self._call.occ}/{head['epoch']}.{head['sample']}/"
+        return [orjson.loads(text) for _, text in ex.journal.scan(prefix)]
 
     def _of_another_form(self) -> list[dict[str, Any]]:
         """The one reply to try: the newest that fits the type as it is now, or the newest."""

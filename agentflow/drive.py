@@ -176,7 +176,9 @@ async def _paid(call: Call, current: Current) -> Any:
 
     One that was not sent yet is not sent any more.
     """
-    ex = call.ex
+    ex, slot = call.ex, current.facts[0]
+    if (before := ex.on_way.get(slot)) is not None:
+        await asyncio.wait([before])  # sent by an attempt of the steps around that has failed; it is paid for
     task = asyncio.get_running_loop().create_task(call.fn())
     ex.tasks.pop(task, None)
     ex.around_tasks.pop(task, None)
@@ -187,6 +189,9 @@ async def _paid(call: Call, current: Current) -> Any:
     except asyncio.CancelledError:
         if call.withdraw():
             task.cancel()
+        elif not _timed_out(current):  # or it may be one that never ends
+            ex.on_way[slot] = task
+            task.add_done_callback(lambda _: ex.on_way.pop(slot, None))
         task.add_done_callback(lambda done: keep(done, current))
         raise
 

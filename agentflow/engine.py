@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from agentflow import codec, costs
-from agentflow.calls import Call, Current, Suspend
+from agentflow.calls import Call, Current, Suspend, enclosing
 from agentflow.codedigest import changed_data
 from agentflow.errors import (
     BudgetExceeded,
@@ -324,7 +324,13 @@ def _run(call: Call, again: int = 0) -> Process:
         try:
             result = yield ("attempt", current, options.timeout)
             text, value = codec.roundtrip(result, where="result")
+            if _given_up(call):
+                current.left = True
+                keep_late(current, result)
+                raise Suspend
         except Exception as exc:
+            if _given_up(call):
+                raise Suspend from exc
             if _not_recorded(exc):
                 # A run inside it can only wait, or nothing was sent: it leaves nothing in doubt.
                 if isinstance(exc, Waiting | RunBusy) or over_budget(exc) is not None:
@@ -397,6 +403,16 @@ def _run(call: Call, again: int = 0) -> Process:
     return ex.finished(call, slot, head, value)
 
 
+def _given_up(call: Call) -> bool:
+    """Whether the attempt that this step was part of is over, and another one may do the same by now.
+
+    Plain code cannot be stopped. What has a key, or stands outside a workflow, is done by one at a time all the same.
+    """
+    if call.here.outer is None or call.ex.scratch or call.options.idempotency_key is not None:
+        return False
+    return any(current.over for current in enclosing(call))
+
+
 def keep_late(current: Current, result: Any) -> None:
     """A function came back after its caller had been released: record what it returned.
 
@@ -415,14 +431,14 @@ def keep_late(current: Current, result: Any) -> None:
         ex.say(f"{call.name}: came back after another attempt had completed, whose result stands")
         return
     head = _head(call, current, slot, order, asked, started, current.attempt, current.sample, 0)
-    row = ex.records.record(slot, _row(call, head | {"late": True}, text))
+    n, row = slot.n + 1, ex.records.record(slot, _row(call, head | {"late": True}, text))
     try:
         kept = ex.journal.commit([row], fence=ex.own_fence())[0]
     except LeaseLost:
         # This process itself may have begun another execution of the run at this very moment.
         kept = ex.journal.commit([row], fence=ex.own_fence())[0]
     if kept:
-        slot.n += 1
+        slot.n = max(slot.n, n)
         ex.say(f"{call.name}: came back after it had been given up; its result is recorded")
 
 
@@ -483,7 +499,13 @@ def _record(call: Call, slot: Slot, head: dict[str, Any], output: str) -> Genera
         ops.append(Add(f"c/{call.code.digest}", orjson.dumps(call.code.parts).decode()))
     if "prompts" in head:
         ops += ex.keep_prompts(head["prompts"])
+    tried = slot.n + 1
     recorded = yield ("commit", ops, head.get("ai", False))
+    while not recorded[0] and not named and not ex.scratch:
+        # What an attempt that was given up has brought was recorded in its place at this moment. This is what counts.
+        slot.n, tried = tried, tried + 1
+        recorded = yield ("commit", [ex.records.record(slot, text)], head.get("ai", False))
+    slot.n = tried - 1
     ex.committed(slot)
     if (named or ex.scratch) and not all(recorded[: 1 + (len(named) if completed else 0)]):
         raise Overtaken

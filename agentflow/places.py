@@ -38,6 +38,7 @@ class Places:
         self._ns: dict[tuple[str, str], str] = {}
         self._asks: dict[str, int] = {}
         self._ids: dict[str, set[str]] = {}
+        self.on_way: dict[Slot, Any] = {}  # model calls that were sent and whose caller was cancelled
         self._live_branches: dict[str, set[tuple[str, str]]] = {}
         self._patient: Counter[str] = Counter()
         self._waited_for: set[str] = set()
@@ -266,7 +267,9 @@ class Places:
     def give_back(self, failed: Current) -> None:
         """A new attempt asks for the steps inside it again: what they recorded is theirs, under the same names."""
         for slot in failed.taken:
-            if slot.n >= 0:  # one without a record may still be running
+            # One without a record may still be running, and is waited for. A model call on its way is that where it is
+            # made; and what an attempt out of time has left running is not waited for, but records beside the next.
+            if slot.n >= 0 or failed.over or slot in self.on_way:
                 self.records.release(slot)
         for counts, key in failed.asked:
             counts.pop(key, None)

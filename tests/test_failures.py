@@ -1403,6 +1403,136 @@ def test_an_attempt_of_plain_code_that_was_given_up_starts_no_further_step(form:
     assert notes(folder) == ["attempt", "first", "attempt", "charged"]
 
 
+GIVEN_UP = """
+import logging, time
+import agentflow.sync as sync
+from agentflow import aicall
+from agentflow.testing import FakeModel
+
+form, order = sys.argv[1:]
+first_process = not (HERE / "began").exists()
+(HERE / "began").touch()
+said, went_on = [], []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("agentflow").addHandler(handler)
+
+def gets():
+    return (HERE / "notes.txt").read_text().count("get")
+
+def came_back():
+    return any("came back" in text for text in said)
+
+def ready(attempt):
+    if attempt == 1:  # comes back after its attempt was given up: when the next one has what it asked for, or before
+        return went_on if order == "after" else gets() > 1
+    return order == "after" or came_back() or not first_process
+
+def wait(ready, *args):
+    while not ready(*args):
+        time.sleep(0.002)
+
+def get():
+    note("get")
+    attempt = gets()
+    wait(ready, attempt)
+    return "AB"[attempt > 1]
+
+save = aicall._Recorder.save
+
+async def saves(self, raw, **how):
+    note("get")
+    attempt = gets()
+    while not ready(attempt):
+        await asyncio.sleep(0.002)
+    await save(self, raw, **how)
+
+aicall._Recorder.save = saves
+
+def charge(what):
+    note(f"charge {what}")
+
+def end():
+    went_on.append(1)
+    wait(came_back)
+    if first_process:
+        die()
+
+retry = Retry(max_attempts=9, initial_delay=0.001)
+
+async def pay():
+    got = await (generate_content("A or B?", model="openai:gpt-4o-mini") if form == "ai" else step("get", get))
+    await step("charge", charge, got)
+    await asyncio.to_thread(end) if first_process else None
+    return got
+
+def pay_plain():
+    got = sync.step("get", get)
+    sync.step("charge", charge, got)
+    if first_process:
+        end()
+    return got
+
+@workflow("given-up", run_id=lambda: "given-up")
+async def flow(ctx):
+    return await step("pay", pay, timeout=1.5, retry=retry)
+
+@sync.workflow("given-up-plain", run_id=lambda: "given-up-plain")
+def plain(ctx):
+    return sync.step("pay", pay_plain, timeout=1.5, retry=retry)
+
+with FakeModel(["A", "B"], all_used=False):
+    print("result", (plain if form == "plain" else flow).run_sync())
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("form", ["thread", "plain", "ai"])
+def test_what_an_attempt_that_was_given_up_brings_is_not_what_the_next_one_had(form: str, order: str, folder: Path) -> None:
+    """The process dies when both have come: what was done with the one answer must not be done with the other."""
+    program = write_program(GIVEN_UP, folder)
+    run_program(program, folder, form, order, expect_kill=True)
+    ended = run_program(program, folder, form, order)
+    assert "result B" in ended.out
+    assert notes(folder) == ["get", "get", "charge B"]
+
+
+def test_a_record_whose_place_a_late_result_takes_at_that_moment_is_added_after_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentflow.journal import Add, Journal
+
+    commit = Journal.acommit
+
+    async def slow_commit(self: Any, ops: Any, **how: Any) -> Any:
+        if isinstance(ops[0], Add) and ops[0].key.startswith("s/") and "second" in ops[0].value and not is_set("go"):
+            flag("go")
+            await asyncio.to_thread(until, lambda: list(_rows(folder, "s/")), what="the late result")
+        return await commit(self, ops, **how)
+
+    monkeypatch.setattr(Journal, "acommit", slow_commit)
+
+    def get() -> str:
+        note("get")
+        if counts(folder)["get"] > 1:
+            return "second"
+        until(lambda: is_set("go"), what="the flag")
+        return "first"
+
+    async def outer() -> str:
+        return await step("get", get)
+
+    @workflow
+    async def flow(ctx: Any) -> str:
+        return await step("outer", outer, timeout=1, retry=Retry(max_attempts=9, initial_delay=0.001))
+
+    assert flow.run_sync() == "second"
+    from agentflow.scratch import open_journal
+
+    found = [text for _, text in open_journal().scan("s/") if '"name":"get"' in text]
+    assert ["first" in text for text in found] == [True, False] and "second" in found[1]
+
+
 def test_two_results_that_come_late_leave_a_handled_failure_as_it_was(folder: Path, again: Any) -> None:
     def twice() -> str:
         note("begun")
@@ -1792,6 +1922,49 @@ def test_a_cancelled_sibling_lets_its_paid_call_finish_and_be_recorded(
         again()
         assert flow.run_sync().startswith("answer to ")
         assert len(server.arrived) == 1
+
+
+@pytest.mark.parametrize("form", ["gather", "group", "parallel", "in a step"])
+@pytest.mark.parametrize("delay", [0.001, 1.0])
+def test_the_next_attempt_uses_the_answer_to_a_call_that_was_in_flight_when_its_sibling_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, delay: float
+) -> None:
+    """No code has seen it, so nothing was found wrong with it. It comes after the next attempt has begun, or before."""
+    with Loopback(latency=0.5) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+
+        async def fail() -> str:
+            await asyncio.to_thread(until, lambda: server.arrived)
+            if not counts(folder)["fail"]:
+                note("fail")
+                raise PaymentError("once")
+            return "fine"
+
+        def ask() -> Any:
+            return generate_content("What is it?", model="openai:gpt-5-mini")
+
+        async def both() -> Any:
+            if form == "group":
+                async with asyncio.TaskGroup() as group:
+                    asked = group.create_task(ask())
+                    group.create_task(fail())
+                return asked.result()
+            if form == "parallel":
+                return (await parallel([ask(), step("fail", fail)]))[0]
+            return (await asyncio.gather(step("ask", ask) if form == "in a step" else ask(), fail()))[0]
+
+        @workflow("tried-again")
+        async def flow(ctx: Any) -> Any:
+            return await step("both", both, retry=Retry(max_attempts=2, initial_delay=delay, jitter=False))
+
+        run = asyncio.run(_start(flow))
+        assert run.result().startswith("answer to ")
+        assert len(server.arrived) == 1 and run.steps[0].cost == run.cost
+
+
+async def _start(flow: Any) -> Any:
+    return await flow.start()
 
 
 def test_a_call_that_is_still_connecting_when_its_sibling_fails_is_answered_and_recorded(
