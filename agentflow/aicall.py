@@ -75,7 +75,7 @@ class _Recorder:
         return [self._current, *enclosing(self._call)]
 
     def _unseen(self) -> list[dict[str, Any]]:
-        """Replies to an attempt of the steps around that ended while its call was in flight: no code has judged them."""
+        """Replies to an attempt of the steps around that had ended while its call was in flight: nobody saw them."""
         ex, slot = self._call.ex, self._call.slot
         if slot is None or (n := ex.newest(slot)) is None:
             return []
