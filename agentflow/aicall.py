@@ -421,6 +421,7 @@ class _Streamed(Call):
 
     __slots__ = ("_waiting",)
     _waiting: list[Any]
+    streams = True
 
     def tell(self, on_text: Callable[[str], Any], text: str) -> None:
         """Hands over a text, once; what has to be awaited is, before the call returns."""

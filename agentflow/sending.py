@@ -22,6 +22,7 @@ from agentflow.errors import ModelError
 from agentflow.journal import Add, Drop, Op
 from agentflow.line import Admit, Line
 from agentflow.models import Usage
+from agentflow.observing import tell
 from agentflow.settings import settings
 
 ASSUMED_OUTPUT = 2_000
@@ -41,6 +42,7 @@ class Ticket:
         sent: it is on its way, or was.
         held: what is set aside for it; None where there is no budget.
         in_flight: whether the provider has this very call in the background, so that nothing is to be sent.
+        record: the reply as it is recorded, once it is.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Ticket:
         self.at_most: Decimal | None = None
         self.held: budgets.Held | None = None
         self.saved = self.sent = False
+        self.record: dict[str, Any] | None = None
         self.tokens = 0
         self.used: int | None = None
         # What it takes from the run's budget: all that was set aside, until it is known to be less.
@@ -75,6 +78,7 @@ class Ticket:
         ops += [Drop(note) for note, _ in before]
         self.saved = True
         await ex.journal.acommit(ops, fence=ex.fence, paid=True)
+        self.record = record
         if not self.sent:
             for budget in ex.budgets():
                 budget.count(budgets.counts(entry[1]) - sum(budgets.counts(facts) for _, facts in before))
@@ -139,7 +143,8 @@ async def sending(
     if in_flight():
         _send_off(call)
         try:
-            yield ticket
+            with _observed(ticket):
+                yield ticket
         finally:
             call.on_way = False
         return
@@ -163,7 +168,8 @@ async def sending(
                 ticket.held.over()
             raise
         try:
-            yield ticket
+            with _observed(ticket):
+                yield ticket
         except BaseException as error:
             if not ticket.saved:
                 await ticket.failed(error)
@@ -172,6 +178,21 @@ async def sending(
             call.on_way = False
             if ticket.held is not None:
                 ticket.held.over()
+
+
+@contextlib.contextmanager
+def _observed(ticket: Ticket) -> Iterator[None]:
+    """Tells whoever observes the run that the model is asked, and what came of it."""
+    observers = ticket.call.ex.observers
+    failure: BaseException | None = None
+    tell(observers, lambda each: each.request_started(ticket))
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        tell(observers, lambda each: each.request_ended(ticket, failure))
 
 
 def _send_off(call: Call) -> None:

@@ -96,6 +96,10 @@ class Server:
 
 
 asking: ContextVar[str | None] = ContextVar("asking", default=None)  # the provider a POST is made for
+# Whether a request has a span of ours, so that an SDK that makes spans by itself makes none beside it.
+spanned: ContextVar[bool] = ContextVar("spanned", default=False)
+
+_addresses: dict[str, str] = {}
 
 _transport: Any = None
 
@@ -136,7 +140,7 @@ async def client(server: Server) -> Any:
     """
     prefix = server.name.split("-")[0].upper() + "_"
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefix)))
-    key = (server.name, server.key, _transport, environment)
+    key = (server.name, server.key, _transport, environment, spanned.get())
     loop = asyncio.get_running_loop()
     with _clients_lock:
         known = _clients.setdefault(loop, {})
@@ -146,9 +150,15 @@ async def client(server: Server) -> Any:
         known[key] = (made, closer)
         await anext(closer)
     found = known[key][0]
+    _addresses[server.name] = str(found.base_url)
     if _transport is None:
         network.check(server.name, str(found.base_url))
     return found
+
+
+def address(provider: str) -> str | None:
+    """Where the last request to a provider went: the base URL of its client; None before there was one."""
+    return _addresses.get(provider)
 
 
 async def _close_with_loop(known: dict[Any, Any], key: Any, made: Any) -> AsyncGenerator[None]:
