@@ -121,6 +121,7 @@ class _Recorder:
             body,
             max_tokens,
             lambda: self.flight.open(asked) is not None,
+            self._prepared.background,
         ) as self._ticket:
             yield
 

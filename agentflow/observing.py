@@ -1,7 +1,8 @@
 """What happens in a run, told to whoever listens: a trace, a display of its progress.
 
-An ``Observer`` hears of one run, or of one step that stands outside workflows. ``observers.py`` decides who that is when
-the run starts, and ``Execution.observers`` holds them; it is empty where nobody listens, and then nothing here is called.
+An ``Observer`` hears of one run, or of one step that stands outside workflows. ``observers.py`` decides who that is
+when the run starts, and ``Execution.observers`` holds them; where nobody listens it is empty, and no step or request
+calls anything here.
 
 Observers hear what the engine *does* and decide nothing: they change no value and no record, they are called in the
 thread and context of the code that goes on (so one may set context variables for the code inside), nothing is awaited,
@@ -75,7 +76,7 @@ def tell(observers: Iterable[Any], what: Callable[[Any], None]) -> None:
         try:
             what(observer)
         except Exception as error:
-            kind = (type(observer).__name__, type(error).__name__)
+            kind = (getattr(observer, "__name__", type(observer).__name__), type(error).__name__)
             if kind not in _said:
                 _said.add(kind)
                 log.warning("%s failed; the run goes on without it: %s: %s", *kind, error)

@@ -42,6 +42,7 @@ class Ticket:
         sent: it is on its way, or was.
         held: what is set aside for it; None where there is no budget.
         in_flight: whether the provider has this very call in the background, so that nothing is to be sent.
+        background: whether the provider is left with the call and asked for its reply later.
         record: the reply as it is recorded, once it is.
     """
 
@@ -57,6 +58,7 @@ class Ticket:
         self.at_most: Decimal | None = None
         self.held: budgets.Held | None = None
         self.saved = self.sent = False
+        self.background = False
         self.record: dict[str, Any] | None = None
         self.tokens = 0
         self.used: int | None = None
@@ -122,6 +124,7 @@ async def sending(
     body: dict[str, Any],
     max_tokens: int | None,
     in_flight: Callable[[], bool] = lambda: False,
+    background: bool = False,
 ) -> AsyncIterator[Ticket]:
     """Stands around one POST and the saving of its reply.
 
@@ -135,11 +138,13 @@ async def sending(
         max_tokens: the limit of output tokens that the caller named; None for none.
         in_flight: whether the provider has this very call in the background: it is paid for, so nothing holds up
             its reply.
+        background: whether it is to be sent as such a call.
 
     Raises:
         BudgetExceeded: the request could cost more than a budget still allows. Nothing was sent.
     """
     ticket = Ticket(call, current, provider, body, in_flight)
+    ticket.background = background
     if in_flight():
         _send_off(call)
         try:

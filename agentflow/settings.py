@@ -146,7 +146,11 @@ def configure(
 def _find_opentelemetry() -> None:
     from importlib.util import find_spec
 
-    if find_spec("opentelemetry") is None:
+    try:
+        found = find_spec("opentelemetry.trace") is not None
+    except ModuleNotFoundError:  # there is nothing of it at all
+        found = False
+    if not found:
         raise UsageError(
             "configure(tracing=True) needs the package opentelemetry-api: install agentflow with its extra otel, "
             'pip install ".[otel]" in a checkout. What collects the spans is yours to choose.'

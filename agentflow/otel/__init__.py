@@ -12,9 +12,9 @@ not replaced them. All of them are in development and may change. Of 0.1.0 alone
 
 When a run is traced
 --------------------
-Decided when it starts: if the program has loaded OpenTelemetry's API and set a tracer or meter provider, in code, before
-or after ``import agentflow``, or through ``opentelemetry-instrument``. ``configure(tracing=True)`` traces always and
-``False`` never. Without a provider nothing is imported and nothing is done. A step outside workflows is traced by
+Decided when it starts: if the program has loaded OpenTelemetry's API and set a tracer or meter provider, in code,
+before or after ``import agentflow``, or through ``opentelemetry-instrument``. ``configure(tracing=True)`` traces always
+and ``False`` never. Without a provider nothing is imported and nothing is done. A step outside workflows is traced by
 itself. The SDK of Anthropic makes spans of its own; it makes none for a request that has one here, so that no token is
 counted twice.
 
@@ -75,8 +75,8 @@ is known), ``agentflow.request.id`` (the provider's), ``agentflow.background`` (
 ``agentflow.batch.id``.
 
 ``error.type`` is on what failed. On requests: the provider's error code, else the status, else ``timeout``,
-``connection_error`` and the other codes of ``ModelError``, ``cancelled``, or the exception's name; elsewhere the name of
-the exception.
+``connection_error`` and the other codes of ``ModelError``, ``cancelled``, or the exception's name; elsewhere the name
+of the exception.
 
 Content
 -------
@@ -85,10 +85,11 @@ Prompts, replies, what tools, steps and runs are given and return, and the messa
 ``opentelemetry-util-genai``; ``true`` means the first) or ``configure(trace_content=True)`` says so. Then requests have
 ``gen_ai.system_instructions``, ``gen_ai.input.messages``, ``gen_ai.output.messages`` and ``gen_ai.tool.definitions``,
 tools ``gen_ai.tool.call.arguments`` and ``gen_ai.tool.call.result``, other steps ``agentflow.step.input`` and
-``agentflow.step.output``, runs ``agentflow.run.input`` and ``agentflow.run.output``: JSON text, files as digests. All of
-it is redacted as ``configure(redact=)`` and the known patterns say, and nothing of a step with ``secret=True`` or of
-what is inside it is ever shown. Names, ids and keys of steps are redacted too. Events of the logs signal
-(``EVENT_ONLY``) are not made.
+``agentflow.step.output``, runs ``agentflow.run.input`` and ``agentflow.run.output``: JSON text, files as digests.
+
+All of it is redacted as ``configure(redact=)`` and the known patterns say; so are names, ids and keys of steps, always.
+Nothing of a step with ``secret=True`` or of what is inside it is ever shown, nor what errors say once such a step has
+failed. Events of the logs signal (``EVENT_ONLY``) are not made.
 
 Metrics
 -------

@@ -108,7 +108,6 @@ def answered(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "gen_ai.usage.cache_read.input_tokens": usage["cached_tokens"] or None,
         "gen_ai.usage.cache_write.input_tokens": usage["cache_write_tokens"] or None,
         "gen_ai.usage.reasoning.output_tokens": usage["reasoning_tokens"] or None,
-        "agentflow.background": True if body.get("background") is True else None,
     }
     if record["provider"] in _API_TYPES:
         found["openai.response.service_tier"] = _text(body.get("service_tier"))

@@ -68,6 +68,24 @@ class Trace(Observer):
         self._own: dict[str, Any] = {}  # on every span of the run
         self._steps: dict[Call, _Open] = {}
         self._requests: dict[Any, _Open] = {}
+        self._names: dict[str, str] = {}  # as they are shown
+        self._secret_failed = False  # what is raised from then on may say what a secret step has said
+
+    def _shown(self, name: str) -> str:
+        """A name, redacted. Names come again and again, and looking for secrets takes longer than making a span."""
+        shown = self._names.get(name)
+        if shown is None:
+            if len(self._names) >= 1000:
+                self._names.clear()
+            shown = self._names[name] = redact(name)
+        return shown
+
+    def _key(self, current: Current) -> str:
+        """The idempotency key, redacted; one that was not given by the user is made of the run's id and the name."""
+        call, key = current.call, current.idempotency_key
+        made = call.options.idempotency_key is None
+        plain = made and self._shown(call.name) == call.name and self._shown(call.ex.run_id) == call.ex.run_id
+        return key if plain else redact(key)
 
     # -- runs ------------------------------------------------------------------------------
 
@@ -122,7 +140,7 @@ class Trace(Observer):
                 span.add_event("agentflow.waiting", {key: redact(str(said)) for key, said in told.items() if said})
         counted = {"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": self._own["agentflow.workflow"]}
         if status == "failed" or (status == "interrupted" and isinstance(error, Exception)):
-            counted["error.type"] = self._failed(span, error, _type_of(error), hidden=False)
+            counted["error.type"] = self._failed(span, error, _type_of(error))
         if self._content:
             span.set_attribute("agentflow.run.input", content.recorded(document["input"]))
             if status == "completed":
@@ -153,6 +171,7 @@ class Trace(Observer):
         opened = self._steps.pop(call, None)
         if opened is None:
             return
+        opened.leave()  # first: what follows must not keep what is next in this context below this span
         span, current = opened.span, opened.current
         seconds = opened.seconds()
         counted: dict[str, Any] = {
@@ -165,13 +184,15 @@ class Trace(Observer):
         status = _status(error)
         span.set_attribute("agentflow.step.status", status)
         if error is not None and status in ("failed", "cancelled"):
-            counted["error.type"] = self._failed(span, error, _type_of(error), hidden=content.secret(call))
-        opened.leave()
+            self._secret_failed = self._secret_failed or content.secret(call)
+            counted["error.type"] = self._failed(span, error, _type_of(error))
         span.end()
         if opened.operation is not None and status != "waiting":
             self._meters.took(opened.operation, seconds, counted)
 
     def step_replayed(self, call: Call, head: dict[str, Any]) -> None:
+        if head["status"] == "failed":
+            self._secret_failed = self._secret_failed or content.secret(call)
         if not settings.trace_replayed or call.kind in _NO_SPANS:
             return
         name, _, attributes = self._step(call)
@@ -190,7 +211,7 @@ class Trace(Observer):
 
     def _step(self, call: Call) -> tuple[str, str | None, dict[str, Any]]:
         """Name, operation and first attributes of a step's span."""
-        name, kind = redact(call.name), call.kind
+        name, kind = self._shown(call.name), call.kind
         attributes: dict[str, Any] = {
             **self._own,
             "agentflow.step.name": name,
@@ -206,14 +227,14 @@ class Trace(Observer):
         elif kind == "tool":
             operation = "execute_tool"
             tool, description, ident = getattr(call, "tool", (call.name, "", None))
-            attributes |= {"gen_ai.tool.name": redact(tool), "gen_ai.tool.type": "function"}
+            attributes |= {"gen_ai.tool.name": self._shown(tool), "gen_ai.tool.type": "function"}
             if description:
-                attributes["gen_ai.tool.description"] = redact(description)
+                attributes["gen_ai.tool.description"] = self._shown(description)
             if ident:
                 attributes["gen_ai.tool.call.id"] = str(ident)
             if (around := call.here.outer) is not None and around.call.kind == "agent":
-                attributes["gen_ai.agent.name"] = redact(around.name)
-            title = f"execute_tool {redact(tool)}"
+                attributes["gen_ai.agent.name"] = self._shown(around.name)
+            title = f"execute_tool {self._shown(tool)}"
         elif kind == "human":
             title = f"human_task {name}"
         else:
@@ -226,7 +247,7 @@ class Trace(Observer):
         """What is known of a step when it has ended."""
         if current is not None:
             span.set_attribute("agentflow.attempt", current.attempt)
-            span.set_attribute("agentflow.idempotency_key", redact(current.idempotency_key))
+            span.set_attribute("agentflow.idempotency_key", self._key(current))
             if current.cost is not None:
                 span.set_attribute("agentflow.cost", float(current.cost))
         slot = call.slot
@@ -249,6 +270,10 @@ class Trace(Observer):
     def request_started(self, ticket: Ticket) -> None:
         kind = genai.operation(ticket.call)
         attributes = genai.asked(kind, ticket.provider, ticket.body) | self._of_request(ticket.call, ticket.current)
+        if ticket.background or not ticket.sent:
+            attributes["agentflow.background"] = True
+        elif ticket.call.streams:
+            attributes["gen_ai.request.stream"] = True
         if not ticket.sent:
             attributes["agentflow.taken_up"] = True
         span = self._tracer.start_span(f"{kind} {ticket.model}", kind=SpanKind.CLIENT, attributes=attributes)
@@ -279,9 +304,7 @@ class Trace(Observer):
         self._replied(opened, call, body, record, None, timed=False)
 
     def _of_request(self, call: Call, current: Current) -> dict[str, Any]:
-        told: dict[str, Any] = {"agentflow.step.name": redact(call.name), "agentflow.attempt": current.attempt}
-        if call.streams and genai.operation(call) == "chat":
-            told["gen_ai.request.stream"] = True
+        told: dict[str, Any] = {"agentflow.step.name": self._shown(call.name), "agentflow.attempt": current.attempt}
         return self._own | told
 
     def _replied(
@@ -306,7 +329,7 @@ class Trace(Observer):
         if error is not None and record is None:
             failed = genai.error_type(error)
         if failed is not None:
-            told["error.type"] = self._failed(span, error, failed, hidden=hidden)
+            told["error.type"] = self._failed(span, error, failed, hidden)
         if self._content and not hidden and kind == "chat" and span.is_recording():
             told |= content.said(body) | (content.replied(record["body"]) if record is not None else {})
         span.set_attributes(told)
@@ -318,10 +341,11 @@ class Trace(Observer):
 
     # -- errors ----------------------------------------------------------------------------
 
-    def _failed(self, span: Span, error: BaseException | None, kind: str, *, hidden: bool) -> str:
+    def _failed(self, span: Span, error: BaseException | None, kind: str, hidden: bool = False) -> str:
         """Mark a span as failed. What an error says may hold what was said to a model, or by it."""
         span.set_attribute("error.type", kind)
-        said = content.message_of(error) if error is not None and self._content and not hidden else None
+        shown = self._content and not (hidden or self._secret_failed)
+        said = content.message_of(error) if error is not None and shown else None
         span.set_status(StatusCode.ERROR, said)
         return kind
 
