@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes, openai_attributes
 from opentelemetry.semconv.attributes import error_attributes, server_attributes
@@ -318,6 +318,20 @@ async def test_waits_are_spans_and_the_next_execution_links_to_the_one_before(tr
         ("human_task approve", "completed"), ("sleep 0.001s", "completed"),
     ]  # fmt: skip
     assert "grace" not in traced.everything() and "Ada" not in traced.everything()
+
+
+async def test_a_span_that_a_step_leaves_open_holds_nothing_of_the_next_one(traced: Traced) -> None:
+    async def careless() -> None:
+        context.attach(trace.set_span_in_context(traced.tracer.start_span("mine")))
+
+    @workflow("careful")
+    async def careful(ctx: Context, n: int) -> None:
+        await step("careless", careless)
+        await step("next", lambda: None)
+
+    await careful.run(1)
+    assert traced.path(traced.one("step next")) == ["invoke_workflow careful", "step next"]
+    assert trace.get_current_span() is trace.INVALID_SPAN
 
 
 async def test_a_step_outside_workflows_is_a_span_by_itself(traced: Traced) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextvars import Token
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, trace
@@ -31,28 +31,38 @@ _w3c = TraceContextTextMapPropagator()
 class _Open:
     """A span that has not ended; current in the context where it began."""
 
-    __slots__ = ("attributes", "before", "current", "operation", "since", "span", "spanned", "wall")
+    __slots__ = ("_before", "_mark", "_spanned", "attributes", "current", "operation", "since", "span", "wall")
 
-    def __init__(self, span: Span, operation: str | None = None, attributes: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, span: Span, operation: str | None = None, attributes: dict[str, Any] | None = None, request: bool = False
+    ) -> None:
         self.span = span
         self.operation = operation
         self.attributes = attributes or {}
         self.since = time.perf_counter()
         self.wall = time.time_ns()
         self.current: Current | None = None
-        self.spanned: Token[bool] | None = None
-        self.before: Token[Any] | None = context.attach(trace.set_span_in_context(span))
+        self._before = context.attach(trace.set_span_in_context(span))
+        self._mark = _innermost.set(self)
+        self._spanned = spanned.set(True) if request else None
 
     def leave(self) -> None:
-        """Make the span before it current again. Elsewhere, as where a coroutine is thrown away, nothing is to do."""
-        if self.before is not None and trace.get_current_span() is self.span:
-            context.detach(self.before)
-            if self.spanned is not None:
-                spanned.reset(self.spanned)
-        self.before = None
+        """Make the span before it current again, whatever the code inside has left behind.
+
+        In another context, as where a coroutine is thrown away, there is nothing to do.
+        """
+        if _innermost.get() is not self:
+            return
+        _innermost.reset(self._mark)
+        context.detach(self._before)
+        if self._spanned is not None:
+            spanned.reset(self._spanned)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.since
+
+
+_innermost: ContextVar[_Open | None] = ContextVar("agentflow_span", default=None)
 
 
 class Trace(Observer):
@@ -97,7 +107,7 @@ class Trace(Observer):
             "gen_ai.agent.name": name,
             **self._own,
             "agentflow.execution": document["epoch"],
-            "agentflow.resumed": prior is not None,
+            "agentflow.resumed": document["epoch"] > 1,
         }
         links = []
         if (noted := document.get(NOTE)) is not None:
@@ -141,7 +151,7 @@ class Trace(Observer):
         counted = {"gen_ai.operation.name": "invoke_workflow", "gen_ai.agent.name": self._own["agentflow.workflow"]}
         if status == "failed" or (status == "interrupted" and isinstance(error, Exception)):
             counted["error.type"] = self._failed(span, error, _type_of(error))
-        if self._content:
+        if self._content and span.is_recording():
             span.set_attribute("agentflow.run.input", content.recorded(document["input"]))
             if status == "completed":
                 span.set_attribute("agentflow.run.output", content.recorded(document["output"]))
@@ -198,6 +208,7 @@ class Trace(Observer):
         name, _, attributes = self._step(call)
         told = {
             "agentflow.replayed": True,
+            "agentflow.step.id": head["occ"],
             "agentflow.step.status": head["status"],
             "agentflow.attempt": head["attempts"],
         }
@@ -216,7 +227,6 @@ class Trace(Observer):
             **self._own,
             "agentflow.step.name": name,
             "agentflow.step.kind": kind,
-            "agentflow.step.id": call.occ,
             "agentflow.replayed": False,
         }
         operation: str | None = None
@@ -245,6 +255,7 @@ class Trace(Observer):
 
     def _tell(self, span: Span, call: Call, current: Current | None, error: BaseException | None) -> None:
         """What is known of a step when it has ended."""
+        span.set_attribute("agentflow.step.id", call.occ)
         if current is not None:
             span.set_attribute("agentflow.attempt", current.attempt)
             span.set_attribute("agentflow.idempotency_key", self._key(current))
@@ -277,8 +288,7 @@ class Trace(Observer):
         if not ticket.sent:
             attributes["agentflow.taken_up"] = True
         span = self._tracer.start_span(f"{kind} {ticket.model}", kind=SpanKind.CLIENT, attributes=attributes)
-        opened = self._requests[ticket] = _Open(span, kind, attributes)
-        opened.spanned = spanned.set(True)
+        self._requests[ticket] = _Open(span, kind, attributes, request=True)
 
     def request_ended(self, ticket: Ticket, error: BaseException | None) -> None:
         opened = self._requests.pop(ticket, None)
