@@ -138,6 +138,7 @@ async def test_the_span_of_a_step_is_current_in_its_function(traced: Traced) -> 
     @workflow("where")
     async def where(ctx: Context, n: int) -> dict[str, Any]:
         found = {"body": current()}
+        assert ctx.now() and ctx.uuid4()  # recorded, and no steps of the trace
         found["async"] = await step("async", slow)
         found["thread"] = await step("thread", lambda: [current(), threading.current_thread().name])
         found["timed"] = await step("timed", current, timeout=30)
@@ -493,6 +494,13 @@ async def test_a_streamed_answer_says_so(traced: Traced, server: Loopback) -> No
     assert "".join(heard) == text
     told = attributes(traced.one("chat gpt-4o-mini"))
     assert told["gen_ai.request.stream"] is True and told["gen_ai.usage.output_tokens"] > 0
+    span = traced.one("chat gpt-4o-mini")
+    took = (span.end_time - span.start_time) / 1e9  # type: ignore[operator]
+    assert 0 < told["gen_ai.response.time_to_first_chunk"] < took
+    (began,) = traced.points()["gen_ai.client.inference.time_to_first_chunk"]
+    assert began.count == 1 and began.sum == told["gen_ai.response.time_to_first_chunk"]
+    await generate_content("Hello again")
+    assert traced.points()["gen_ai.client.inference.time_to_first_chunk"][0].count == 1
 
 
 async def test_vectors_are_an_operation_of_their_own(traced: Traced) -> None:
@@ -769,6 +777,7 @@ SINCE = {
 }  # fmt: skip
 TYPES = {
     "gen_ai.request.max_tokens": int, "gen_ai.request.temperature": float, "gen_ai.request.top_p": float,
+    "gen_ai.response.time_to_first_chunk": float,
     "gen_ai.response.finish_reasons": tuple, "gen_ai.usage.input_tokens": int, "gen_ai.usage.output_tokens": int,
     "gen_ai.usage.cache_write.input_tokens": int, "gen_ai.request.stream": bool, "server.port": int,
     "gen_ai.request.stop_sequences": tuple, "gen_ai.request.seed": int, "gen_ai.request.top_k": int,

@@ -93,8 +93,9 @@ failed. Events of the logs signal (``EVENT_ONLY``) are not made.
 
 Metrics
 -------
-``gen_ai.client.inference.duration``, ``gen_ai.client.embeddings.duration``, ``gen_ai.invoke_agent.duration`` (workflows
-and agents), ``gen_ai.execute_tool.duration`` (histograms, s); ``gen_ai.client.inference.usage.input_tokens``,
+``gen_ai.client.inference.duration``, ``gen_ai.client.inference.time_to_first_chunk`` (where somebody listens),
+``gen_ai.client.embeddings.duration``, ``gen_ai.invoke_agent.duration`` (workflows and agents),
+``gen_ai.execute_tool.duration`` (histograms, s); ``gen_ai.client.inference.usage.input_tokens``,
 ``.output_tokens``, ``.cache_read.input_tokens``, ``.cache_write.input_tokens`` and ``.reasoning.output_tokens``
 (counters), ``gen_ai.client.inference.operation.input_tokens`` and ``.output_tokens``,
 ``gen_ai.client.embeddings.operation.input_tokens`` (histograms). Replays count nothing.

@@ -45,6 +45,12 @@ class Meters:
             )
             for name in dict.fromkeys(_DURATIONS.values())
         }
+        self._first_chunk = meter.create_histogram(
+            "gen_ai.client.inference.time_to_first_chunk",
+            "s",
+            "How long a streamed answer took to begin.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
         self._usage = {field: meter.create_counter(name, "{token}", "Tokens used.") for field, name in _USAGE.items()}
         self._per_operation = {
             which: meter.create_histogram(
@@ -56,6 +62,11 @@ class Meters:
     def took(self, operation: str, seconds: float, attributes: Mapping[str, Any]) -> None:
         """Count how long something took, with those of its attributes that are the metric's too."""
         self._durations[_DURATIONS[operation]].record(seconds, attributes)
+
+    def began(self, seconds: float, request: Mapping[str, Any]) -> None:
+        """Count how long a streamed answer took to begin."""
+        common = {name: value for name, value in request.items() if name != "error.type"}
+        self._first_chunk.record(seconds, common)
 
     def used(self, operation: str, usage: Mapping[str, int] | None, modality: str, request: Mapping[str, Any]) -> None:
         """Count the tokens of one request; None where no reply came, which counts 0 of modality ``unknown``."""

@@ -15,7 +15,7 @@ from agentflow.errors import RunCancelled, Waiting
 from agentflow.observing import Observer
 from agentflow.otel import content, genai
 from agentflow.otel.meters import Meters, of_a_request
-from agentflow.providers.common import spanned
+from agentflow.providers.common import Spanned, spanned
 from agentflow.redact import redact
 from agentflow.settings import settings
 
@@ -31,7 +31,18 @@ _w3c = TraceContextTextMapPropagator()
 class _Open:
     """A span that has not ended; current in the context where it began."""
 
-    __slots__ = ("_before", "_mark", "_spanned", "attributes", "current", "operation", "since", "span", "wall")
+    __slots__ = (
+        "_before",
+        "_mark",
+        "_spanned",
+        "attributes",
+        "current",
+        "operation",
+        "request",
+        "since",
+        "span",
+        "wall",
+    )
 
     def __init__(
         self, span: Span, operation: str | None = None, attributes: dict[str, Any] | None = None, request: bool = False
@@ -44,7 +55,8 @@ class _Open:
         self.current: Current | None = None
         self._before = context.attach(trace.set_span_in_context(span))
         self._mark = _innermost.set(self)
-        self._spanned = spanned.set(True) if request else None
+        self.request = Spanned() if request else None
+        self._spanned = spanned.set(self.request) if request else None
 
     def leave(self) -> None:
         """Make the span before it current again, whatever the code inside has left behind.
@@ -338,6 +350,9 @@ class Trace(Observer):
             told["gen_ai.response.finish_reasons"] = ["error"]
         if error is not None and record is None:
             failed = genai.error_type(error)
+        first = None if opened.request is None else opened.request.first_chunk
+        if first is not None:
+            told["gen_ai.response.time_to_first_chunk"] = first - opened.since
         if failed is not None:
             told["error.type"] = self._failed(span, error, failed, hidden)
         if self._content and not hidden and kind == "chat" and span.is_recording():
@@ -347,6 +362,8 @@ class Trace(Observer):
         counted = of_a_request(told)
         if timed:
             self._meters.took(kind, opened.seconds(), counted)
+        if first is not None:
+            self._meters.began(first - opened.since, counted)
         self._meters.used(kind, None if record is None else record["usage"], genai.modality(body), counted)
 
     # -- errors ----------------------------------------------------------------------------

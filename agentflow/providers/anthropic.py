@@ -182,7 +182,7 @@ def connect(*, url: str, key: str, http_client: Any, api_version: str = "") -> A
 
 def _quiet() -> dict[str, Any]:
     """The SDK makes a span of each request by itself; tokens would be counted twice where ours has one."""
-    return {"open_telemetry": False} if spanned.get() else {}
+    return {"open_telemetry": False} if spanned.get() is not None else {}
 
 
 def read(body: dict[str, Any], name: str = NAME) -> Parts:
