@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from agentflow.observing import Observer, tell
+from agentflow.observing import Observer, complain, tell
 from agentflow.settings import settings
 
 
@@ -34,10 +34,16 @@ def begin(document: dict[str, Any] | None = None, prior: str | None = None) -> t
         document: the run's, about to be written.
         prior: how the last execution of the run ended; None for a new one.
     """
-    found: list[Observer | None] = []
-    tell(sources, lambda source: found.append(source()))
-    observers = tuple(filter(None, found))
-    if document is not None:
+    found: tuple[Observer, ...] = ()
+    for source in sources:
+        try:
+            observer = source()
+        except Exception as error:
+            complain(getattr(source, "__name__", "an observer"), error)
+            continue
+        if observer is not None:
+            found = (*found, observer)
+    if found and document is not None:
         taken_up = document
-        tell(observers, lambda each: each.run_started(taken_up, prior))
-    return observers
+        tell(found, lambda each: each.run_started(taken_up, prior))
+    return found

@@ -71,15 +71,20 @@ _said: set[tuple[str, str]] = set()
 
 
 def tell(observers: Iterable[Any], what: Callable[[Any], None]) -> None:
-    """Tell each observer; what one raises is said once for each kind of error, and harms nobody."""
+    """Tell each observer; what one raises harms nobody."""
     for observer in observers:
         try:
             what(observer)
         except Exception as error:
-            kind = (getattr(observer, "__name__", type(observer).__name__), type(error).__name__)
-            if kind not in _said:
-                _said.add(kind)
-                log.warning("%s failed; the run goes on without it: %s: %s", *kind, error)
+            complain(type(observer).__name__, error)
+
+
+def complain(name: str, error: Exception) -> None:
+    """Say what an observer has raised, once for each kind of error."""
+    kind = (name, type(error).__name__)
+    if kind not in _said:
+        _said.add(kind)
+        log.warning("%s failed; the run goes on without it: %s: %s", *kind, error)
 
 
 def watched(call: Call, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:

@@ -11,12 +11,14 @@ from typing import Any
 import pydantic
 import pytest
 from opentelemetry import context, trace
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes, openai_attributes
 from opentelemetry.semconv.attributes import error_attributes, server_attributes
 from opentelemetry.trace import SpanKind, StatusCode
 
 from agentflow import (
+    BudgetExceeded,
     Context,
     ModelError,
     Retry,
@@ -486,6 +488,39 @@ async def test_the_requests_span_is_current_below_the_sdks(traced: Traced) -> No
         sync.generate_content("Hello there")
         await generate_content("Hello", model="anthropic:claude-haiku-4-5")
     assert seen == ["chat gpt-4o-mini", "chat gpt-4o-mini", "chat claude-haiku-4-5"]
+
+
+async def test_a_call_that_waits_for_its_turn_is_no_request_yet(traced: Traced) -> None:
+    configure(limits={MODEL: {"concurrency": 1}})
+
+    @workflow("turns")
+    async def turns(ctx: Context, n: int) -> None:
+        await parallel([generate_content(f"Hello {i}", name=f"ask {i}") for i in range(2)])
+
+    with FakeModel({"Hello": "Hi"}, delay=0.02):
+        await turns.run(1)
+    first, second = traced.named("chat gpt-4o-mini")
+    asked = sorted(span.start_time or 0 for span in traced.spans if span.name.startswith("step ask"))
+    assert asked[1] < (first.end_time or 0) <= (second.start_time or 0)
+
+
+async def test_a_call_that_no_budget_allows_is_no_request_at_all(traced: Traced) -> None:
+    @workflow("poor", budget="0.000001")
+    async def poor(ctx: Context, n: int) -> None:
+        await generate_content("Hello", name="ask")
+
+    with FakeModel([]), pytest.raises(BudgetExceeded):
+        await poor.run(1)
+    assert traced.tree() == "invoke_workflow poor\n  step ask"
+    assert {attributes(span)["error.type"] for span in traced.spans} == {"BudgetExceeded"}
+    assert attributes(traced.one("invoke_workflow poor"))["agentflow.run.status"] == "interrupted"
+
+
+async def test_what_is_not_sampled_is_counted_all_the_same(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced.tracer = TracerProvider(ALWAYS_OFF).get_tracer("test")
+    with FakeModel(["Hi"]):
+        await generate_content("Hello")
+    assert traced.spans == [] and traced.points()["gen_ai.client.inference.duration"][0].count == 1
 
 
 async def test_a_streamed_answer_says_so(traced: Traced, server: Loopback) -> None:

@@ -99,6 +99,8 @@ Metrics
 ``.output_tokens``, ``.cache_read.input_tokens``, ``.cache_write.input_tokens`` and ``.reasoning.output_tokens``
 (counters), ``gen_ai.client.inference.operation.input_tokens`` and ``.output_tokens``,
 ``gen_ai.client.embeddings.operation.input_tokens`` (histograms). Replays count nothing.
+0.1.0 has put these in the place of ``gen_ai.client.token.usage`` and ``gen_ai.client.operation.duration``, which are not
+reported.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Trace(Observer):
         links = []
         if (noted := document.get(NOTE)) is not None:
             before = trace.get_current_span(_w3c.extract(noted, context.Context())).get_span_context()
-            links = [Link(before, {"agentflow.link": "execution before"})] if before.is_valid else []
+            links = [Link(before)] if before.is_valid else []
         self._began = time.perf_counter()
         self._run = self._tracer.start_span(f"invoke_workflow {name}", attributes=attributes, links=links)
         carrier: dict[str, str] = {}
