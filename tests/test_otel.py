@@ -292,7 +292,7 @@ async def test_waits_are_spans_and_the_next_execution_links_to_the_one_before(tr
     @workflow("expenses")
     async def expenses(ctx: Context, n: int) -> bool:
         await ctx.wait_for_event("filed", timeout="1d")
-        decision = await human_task("approve", assign_to="grace", data={"amount": n})
+        decision = await human_task("approve", assign_to="grace", data={"amount": n}, title="Pay Ada?")
         await ctx.sleep(0.001)
         return bool(decision)
 

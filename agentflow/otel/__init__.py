@@ -29,7 +29,7 @@ name                          kind      of what
                                         them. A failed attempt is an event ``agentflow.attempt.failed``
 ``invoke_agent {name}``       INTERNAL  a call with tools, around its turns (steps ``turn 1``...) and tools
 ``execute_tool {tool}``       INTERNAL  one call of a tool
-``human_task {title}``,       INTERNAL  a wait, as long as this execution waits
+``human_task {type}``,        INTERNAL  a wait, as long as this execution waits
 ``event {name}``, ``sleep {length}``
 ``chat {model}``,             CLIENT    one request to a model, with its reply: from the moment it is sent (not
 ``embeddings {model}``                  while it waits for a limit or a budget) until the reply is recorded
@@ -64,11 +64,11 @@ On runs: ``agentflow.execution`` (int, 1 for the first), ``agentflow.resumed`` (
 each thing it waits for, with ``agentflow.wait.kind`` (``task``, ``event``, ``sleep``, ``batch``) and
 ``agentflow.wait.id``.
 
-On steps: ``agentflow.step.name``, ``agentflow.step.kind`` (``step``, ``ai``, ``agent``, ``tool``, ``human``, ``event``,
-``sleep``, ``compensation``), ``agentflow.step.id``, ``agentflow.step.status`` (``completed``, ``failed``, ``waiting``,
-``cancelled``), ``agentflow.attempt`` (int: the last one, counted over all processes), ``agentflow.idempotency_key``,
-``agentflow.replayed`` (bool), ``agentflow.cost`` (double, dollars that its result rests on, paid now or before) and
-``agentflow.in_doubt`` (int, if not 0).
+On steps: ``agentflow.step.name`` (of a human task its type: the title is content), ``agentflow.step.kind`` (``step``,
+``ai``, ``agent``, ``tool``, ``human``, ``event``, ``sleep``, ``compensation``), ``agentflow.step.id``,
+``agentflow.step.status`` (``completed``, ``failed``, ``waiting``, ``cancelled``), ``agentflow.attempt`` (int: the last
+one, counted over all processes), ``agentflow.idempotency_key``, ``agentflow.replayed`` (bool), ``agentflow.cost``
+(double, dollars that its result rests on, paid now or before) and ``agentflow.in_doubt`` (int, if not 0).
 
 On requests: ``agentflow.step.name``, ``agentflow.attempt``, ``agentflow.cost`` (double, dollars; absent where no price
 is known), ``agentflow.request.id`` (the provider's), ``agentflow.background`` (bool), ``agentflow.taken_up`` (bool),
@@ -99,8 +99,8 @@ Metrics
 ``.output_tokens``, ``.cache_read.input_tokens``, ``.cache_write.input_tokens`` and ``.reasoning.output_tokens``
 (counters), ``gen_ai.client.inference.operation.input_tokens`` and ``.output_tokens``,
 ``gen_ai.client.embeddings.operation.input_tokens`` (histograms). Replays count nothing.
-0.1.0 has put these in the place of ``gen_ai.client.token.usage`` and ``gen_ai.client.operation.duration``, which are not
-reported.
+0.1.0 has put these in the place of ``gen_ai.client.token.usage`` and ``gen_ai.client.operation.duration``, which are
+not reported.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -234,7 +235,9 @@ class Trace(Observer):
 
     def _step(self, call: Call) -> tuple[str, str | None, dict[str, Any]]:
         """Name, operation and first attributes of a step's span."""
-        name, kind = self._shown(call.name), call.kind
+        kind = call.kind
+        # The title of a task is written for a person, with what it is about in it.
+        name = self._shown(call.name if kind != "human" or self._content else json.loads(call.given)["type"])
         attributes: dict[str, Any] = {
             **self._own,
             "agentflow.step.name": name,
@@ -258,7 +261,7 @@ class Trace(Observer):
                 attributes["gen_ai.agent.name"] = self._shown(around.name)
             title = f"execute_tool {self._shown(tool)}"
         elif kind == "human":
-            title = f"human_task {name}"
+            title = f"human_task {json.loads(call.given)['type']}"
         else:
             title = name if kind in ("event", "sleep") else f"step {name}"
         if operation is not None:
@@ -270,7 +273,8 @@ class Trace(Observer):
         span.set_attribute("agentflow.step.id", call.occ)
         if current is not None:
             span.set_attribute("agentflow.attempt", current.attempt)
-            span.set_attribute("agentflow.idempotency_key", self._key(current))
+            if call.kind != "human" or self._content:  # made of its title
+                span.set_attribute("agentflow.idempotency_key", self._key(current))
             if current.cost is not None:
                 span.set_attribute("agentflow.cost", float(current.cost))
         slot = call.slot
