@@ -67,8 +67,9 @@ each thing it waits for, with ``agentflow.wait.kind`` (``task``, ``event``, ``sl
 On steps: ``agentflow.step.name`` (of a human task its type: the title is content), ``agentflow.step.kind`` (``step``,
 ``ai``, ``agent``, ``tool``, ``human``, ``event``, ``sleep``, ``compensation``), ``agentflow.step.id``,
 ``agentflow.step.status`` (``completed``, ``failed``, ``waiting``, ``cancelled``), ``agentflow.attempt`` (int: the last
-one, counted over all processes), ``agentflow.idempotency_key``, ``agentflow.replayed`` (bool), ``agentflow.cost``
-(double, dollars that its result rests on, paid now or before) and ``agentflow.in_doubt`` (int, if not 0).
+one, counted over all processes), ``agentflow.idempotency_key`` (of a human task only with content, being made of the
+title), ``agentflow.replayed`` (bool), ``agentflow.cost`` (double, dollars that its result rests on, paid now or before)
+and ``agentflow.in_doubt`` (int, if not 0).
 
 On requests: ``agentflow.step.name``, ``agentflow.attempt``, ``agentflow.cost`` (double, dollars; absent where no price
 is known), ``agentflow.request.id`` (the provider's), ``agentflow.background`` (bool), ``agentflow.taken_up`` (bool),
