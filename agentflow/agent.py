@@ -187,7 +187,9 @@ def _use(specs: dict[str, tools.Spec], label: str, wanted: dict[str, Any]) -> Sc
             comment = f": {decision.comment}" if decision.comment else "."
             return f"This call was rejected by {decision.by or 'a person'}{comment}", True
     try:
-        value = yield make_call(spec.step, spec.fn, (), values, spec.options, "tool", also={"call": mark})
+        call = make_call(spec.step, spec.fn, (), values, spec.options, "tool", also={"call": mark})
+        call.tool = (spec.name, spec.description, wanted["id"])
+        value = yield call
     except _FOR_THE_CALLER:
         raise
     except Exception as exc:

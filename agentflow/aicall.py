@@ -135,6 +135,7 @@ class _Recorder:
             body,
             max_tokens,
             lambda: self.flight.open(asked) is not None,
+            self._prepared.background,
         ) as self._ticket:
             yield
 
@@ -435,6 +436,7 @@ class _Streamed(Call):
 
     __slots__ = ("_waiting",)
     _waiting: list[Any]
+    streams = True
 
     def tell(self, on_text: Callable[[str], Any], text: str) -> None:
         """Hands over a text, once; what has to be awaited is, before the call returns."""

@@ -33,6 +33,7 @@ from agentflow import background, budgets, costs, files, ledger, providers, send
 from agentflow.calls import Call, Current, enclosing
 from agentflow.errors import LeaseLost, ModelError, UsageError
 from agentflow.journal import Add, Drop, Put
+from agentflow.observing import tell
 from agentflow.providers import batching
 from agentflow.providers.common import digest, now
 from agentflow.run import Execution
@@ -409,15 +410,17 @@ class Batches:
         by_occ = {result.custom_id.removesuffix(f"-{mark}"): result for result in results}
         waiting = {waiter.call.occ: waiter for waiter in self._waiters() if waiter.batch == key}
         ops: list[Any] = []
-        paid: list[tuple[str, _Waiter | None, Decimal | None, costs.Entry]] = []
+        paid: list[tuple[str, _Waiter | None, dict[str, Any], costs.Entry]] = []
         outcomes: list[tuple[_Waiter, Any]] = []
 
         async def record(*more: Any) -> None:
             recorded = await ex.journal.acommit([*ops, *more], fence=ex.fence, paid=True)
             fresh = {op.key for op, new in zip(ops, recorded, strict=False) if new}
-            for place, waiter, cost, entry in paid:
+            for place, waiter, raw, entry in paid:
                 if place in fresh:
-                    self._pay(place, waiter, cost, entry)
+                    self._pay(place, waiter, None if raw["cost"] is None else Decimal(raw["cost"]), entry)
+                    if waiter is not None:
+                        self._tell_observers(waiter, raw)
             for waiter, outcome in outcomes:
                 waiter.outcome = outcome
             for each in (ops, paid, outcomes):
@@ -433,7 +436,7 @@ class Batches:
                 step = costs.outermost(waiter.current) if waiter else name
                 entry = costs.batched(ex, step, name, raw, batch.row["model"], place)
                 ops += [Add(place, orjson.dumps({**raw, **asked, "ledger": entry[0]}).decode()), costs.add(entry)]
-                paid.append((place, waiter, None if raw["cost"] is None else Decimal(raw["cost"]), entry))
+                paid.append((place, waiter, raw, entry))
             else:
                 assert result.error is not None
                 attempt = waiter.attempt if waiter else member["attempt"]
@@ -464,6 +467,12 @@ class Batches:
             totals.unpriced += 1
         else:
             totals.paid += cost
+
+    def _tell_observers(self, waiter: _Waiter, raw: dict[str, Any]) -> None:
+        tell(
+            self._ex.observers,
+            lambda each: each.reply_came(waiter.call, waiter.current, waiter.body, raw),
+        )
 
     def _raw(self, row: dict[str, Any], member: dict[str, Any], result: batching.Result) -> dict[str, Any]:
         """A reply as it is recorded; priced as a batch's."""

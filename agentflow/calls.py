@@ -254,9 +254,11 @@ class Call(Coroutine[Any, Any, Any]):
         "slot",
         "started",
         "task",
+        "tool",
         "wait",
         "why",
     )
+    streams = False  # whether somebody hears the answer as it is written
 
     def __init__(
         self,
@@ -295,6 +297,8 @@ class Call(Coroutine[Any, Any, Any]):
         self.ident = self.place = self.counted = self.given = self.digest = ""
         self._occ = ""
         self.task: Any = None
+        # Set where a model asks for it: the tool's name and description, and the id of its call.
+        self.tool: tuple[str, str, str | None]
 
     @property
     def __name__(self) -> str:

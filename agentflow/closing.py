@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -22,6 +23,7 @@ from agentflow.errors import (
 )
 from agentflow.handles import waiting, workflows
 from agentflow.journal import Add, Drop, Journal, Put
+from agentflow.observing import tell
 from agentflow.opening import Opened, code_digest
 from agentflow.run import Execution
 from agentflow.settings import log
@@ -167,7 +169,7 @@ def close_failed(opened: Opened, error: Exception) -> None:
         close(opened, "cancelled")
         summary(ex, f"cancelled{undone}")
         return
-    close(opened, "failed")
+    close(opened, "failed", error)
     summary(ex, f"failed ({type(error).__name__}){undone}")
 
 
@@ -223,7 +225,7 @@ def close_waiting(opened: Opened) -> Waiting | Suspend:
     return waiting(document)
 
 
-def close(opened: Opened, status: str) -> None:
+def close(opened: Opened, status: str, error: Exception | None = None) -> None:
     ex, document = opened.ex, opened.document
     ex.closed = True
     if ex.prior == "interrupted":
@@ -242,14 +244,24 @@ def close(opened: Opened, status: str) -> None:
     assert opened.lease is not None
     try:
         opened.lease.release(ops)
-    except LeaseLost:
-        if not was_cancelled(ex.journal, ex.run_id):
+    except JournalError as lost:
+        if not isinstance(lost, LeaseLost) or not was_cancelled(ex.journal, ex.run_id):
+            _tell(opened, "interrupted", lost)
             raise
+        _tell(opened, "cancelled", None)
         raise RunCancelled(f"run {ex.run_id} was cancelled.") from None
+    _tell(opened, status, error)
     if status == "failed":
         ex.settle_marks()
     elif status != "waiting":
         ex.journal.clear_marks(ex.run_id)
+
+
+def _tell(opened: Opened, status: str, error: BaseException | None) -> None:
+    """Tell whoever observes the run that this execution has ended."""
+    ex, document = opened.ex, opened.document
+    if ex.observers:
+        tell(ex.observers, lambda each: each.run_ended(ex, document, status, error))
 
 
 def _not_waited_for(ex: Execution, status: str) -> list[Any]:
@@ -275,6 +287,8 @@ def was_cancelled(journal: Journal, run_id: str) -> bool:
 def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
     """Stopped from outside or by its budget, or the journal failed: leave the run as it is, free for the next start."""
     opened.ex.closed = True
+    why = over or sys.exception()
+    status = "interrupted"
     if over is not None:
         opened.document["error"] = codec.encode_exception(over)
     assert opened.lease is not None
@@ -285,6 +299,7 @@ def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
     except LeaseLost:
         if was_cancelled(opened.ex.journal, opened.ex.run_id):
             opened.ex.cancelled = True
+            status = "cancelled"
             log.warning("%s · was cancelled; nothing more is committed here", opened.ex.run_id)
             return
         log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
@@ -292,6 +307,8 @@ def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
         log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)
     else:
         summary(opened.ex, "interrupted" if over is None else "stopped by its budget")
+    finally:
+        _tell(opened, status, why)
 
 
 def summary(ex: Execution, status: str) -> None:

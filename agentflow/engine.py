@@ -54,6 +54,7 @@ from agentflow.errors import (
 from agentflow.index import Row, Slot, short
 from agentflow.journal import Add
 from agentflow.lease import acquire
+from agentflow.observing import watched
 from agentflow.reuse import Effect, doubt_rows, find, given_same, judge, like, located
 from agentflow.run import Attempts
 from agentflow.workers import in_flight
@@ -272,6 +273,12 @@ def _claimed(call: Call) -> Process:
 
 
 def _run(call: Call, again: int = 0) -> Process:
+    """``_attempts``; whoever observes the run hears of them."""
+    steps = _attempts(call, again)
+    return watched(call, steps) if call.ex.observers else steps
+
+
+def _attempts(call: Call, again: int) -> Process:
     """Attempts until one succeeds or no more are allowed; then the record."""
     ex, options = call.ex, call.options
     if ex.plan:

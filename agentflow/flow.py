@@ -32,6 +32,7 @@ from agentflow.errors import (
     Waiting,
 )
 from agentflow.handles import Plan, Run, run_apart, single, stored_error, workflows
+from agentflow.observing import tell
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
 
@@ -338,6 +339,7 @@ class Workflow(Generic[P, T]):
         ex.around = None if call is None else call.ex
         context_ = Context(ex, single(opened.arguments), False)
         outer = here.set(None)
+        tell(ex.observers, lambda each: each.body_entered(ex))
         try:
             value = await execute(ex, lambda: self._body(context_, opened.arguments))
             result = closing.result(ex, value)
@@ -371,6 +373,7 @@ class Workflow(Generic[P, T]):
             closing.give_up(opened)
             raise
         finally:
+            tell(ex.observers, lambda each: each.body_left(ex))
             here.reset(outer)
         return closing.close_completed(opened, *result)
 
@@ -413,6 +416,7 @@ class Workflow(Generic[P, T]):
         ex.around = None if call is None else call.ex
         context = Context(ex, single(opened.arguments), True)
         outer = here.set(ex.root)
+        tell(ex.observers, lambda each: each.body_entered(ex))
         try:
             result = closing.result(ex, closing.in_time(ex, lambda: self._body(context, opened.arguments)))
             if ex.suspended:
@@ -462,6 +466,7 @@ class Workflow(Generic[P, T]):
             closing.give_up(opened)
             raise
         finally:
+            tell(ex.observers, lambda each: each.body_left(ex))
             here.reset(outer)
         return closing.close_completed(opened, *result)
 

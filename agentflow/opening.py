@@ -28,6 +28,8 @@ from agentflow.handles import stored_error
 from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal, Put
 from agentflow.lease import Lease, acquire
+from agentflow.observers import begin as begin_observing
+from agentflow.observing import Observer
 from agentflow.plain import Plain
 from agentflow.run import Execution
 from agentflow.scratch import driver, open_journal
@@ -174,6 +176,7 @@ def open_run(
     if parent is not None and not ended and parent.overdue():
         raise Suspend
     ops: list[Any] = []
+    observers: tuple[Observer, ...] = ()
     if document is None:
         document = {
             "id": run_id,
@@ -185,6 +188,7 @@ def open_run(
         document |= {"input": text, "code": code_digest(flow), "status": None}
         note_budget(flow, document)
         set_deadline(flow, document, None)
+        observers = begin_observing(document)
         ops = rundocs.write(document, "running")
         own = f"={in_key(named(flow, arguments))}" if flow.run_id or flow.options.run_id else document["digest"]
         ops.append(Put(f"p/{in_key(flow.name)}/{own}", run_id))
@@ -210,7 +214,7 @@ def open_run(
         else:
             assert stored is not None
             document, prior = stored, ended_as(stored)
-        opened = take_up(flow, journal, document, lease, prior, text, arguments)
+        opened = take_up(flow, journal, document, lease, prior, text, arguments, observers)
     except LeaseLost:
         taken = rundocs.read(journal, run_id)
         if taken is None or not (taken["status"] == "cancelled" or taken.get("cancelling")):
@@ -248,6 +252,7 @@ def take_up(
     prior: str | None,
     text: str,
     arguments: dict[str, Any],
+    observers: tuple[Observer, ...],
 ) -> Opened:
     run_id, options = document["id"], flow.options
     if prior == "cancelled":
@@ -282,10 +287,11 @@ def take_up(
         set_deadline(flow, document, prior)
         if document.get("results") and options.rerun:
             document["results"] = {k: v for k, v in document["results"].items() if k not in options.rerun}
+        observers = begin_observing(document, prior)
         ops += [*rundocs.write(document, "running"), Drop(rundocs.wake_key(run_id))]
         journal.commit(ops, fence=lease.fence)
     ex = execution(flow, journal, run_id, document, arguments, prior)
-    ex.fence, ex.lease = lease.fence, lease
+    ex.fence, ex.lease, ex.observers = lease.fence, lease, observers
     ex.deadline = document.get("deadline")
     ex.cancelling = bool(document.get("cancelling"))
     executing.add(ex)

@@ -22,6 +22,7 @@ from agentflow.errors import LeaseLost, RunCancelled, StepFailed, WorkflowTimeou
 from agentflow.index import NS, Row, Slot, in_key
 from agentflow.journal import Add, Drop, Fence, Journal, Op
 from agentflow.lease import holder, is_me
+from agentflow.observing import Observer, tell
 from agentflow.places import Places
 from agentflow.settings import log, now
 from agentflow.words import moment
@@ -137,6 +138,7 @@ class Execution(Places):
         self.loop: Any = None
         self.watcher: Any = None
         self.watch: Any = None
+        self.observers: tuple[Observer, ...] = ()
         self._orders = itertools.count()
         self._codes: set[str] = set()
         self._said: set[str] = set()
@@ -248,6 +250,8 @@ class Execution(Places):
     def deliver(self, call: Call, row: Row) -> Any:
         """Hand out a record: the value, or the failure again."""
         head = row.head
+        if self.observers:
+            tell(self.observers, lambda each: each.step_replayed(call, head))
         self.enter(call)
         place = call.here
         if not place.scope:

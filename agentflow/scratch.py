@@ -11,6 +11,7 @@ from agentflow.calls import Call
 from agentflow.errors import JournalError
 from agentflow.journal import Journal
 from agentflow.layout import default_path
+from agentflow.observers import begin as begin_observing
 from agentflow.run import Execution
 from agentflow.settings import log, only_looking, settings
 
@@ -42,6 +43,7 @@ def scratch() -> Execution:
         _scopes[journal.id] = scope
         if not _at_exit:
             _at_exit.append(atexit.register(_note_saved))
+    scope.observers = begin_observing()
     return scope
 
 

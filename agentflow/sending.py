@@ -22,6 +22,7 @@ from agentflow.errors import ModelError
 from agentflow.journal import Add, Drop, Op
 from agentflow.line import Admit, Line
 from agentflow.models import Usage
+from agentflow.observing import tell
 from agentflow.settings import settings
 
 ASSUMED_OUTPUT = 2_000
@@ -41,6 +42,8 @@ class Ticket:
         sent: it is on its way, or was.
         held: what is set aside for it; None where there is no budget.
         in_flight: whether the provider has this very call in the background, so that nothing is to be sent.
+        background: whether the provider is left with the call and asked for its reply later.
+        record: the reply as it is recorded, once it is.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Ticket:
         self.at_most: Decimal | None = None
         self.held: budgets.Held | None = None
         self.saved = self.sent = False
+        self.background = False
+        self.record: dict[str, Any] | None = None
         self.tokens = 0
         self.used: int | None = None
         # What it takes from the run's budget: all that was set aside, until it is known to be less.
@@ -75,6 +80,7 @@ class Ticket:
         ops += [Drop(note) for note, _ in before]
         self.saved = True
         await ex.journal.acommit(ops, fence=ex.fence, paid=True)
+        self.record = record
         if not self.sent:
             for budget in ex.budgets():
                 budget.count(budgets.counts(entry[1]) - sum(budgets.counts(facts) for _, facts in before))
@@ -118,6 +124,7 @@ async def sending(
     body: dict[str, Any],
     max_tokens: int | None,
     in_flight: Callable[[], bool] = lambda: False,
+    background: bool = False,
 ) -> AsyncIterator[Ticket]:
     """Stands around one POST and the saving of its reply.
 
@@ -131,15 +138,18 @@ async def sending(
         max_tokens: the limit of output tokens that the caller named; None for none.
         in_flight: whether the provider has this very call in the background: it is paid for, so nothing holds up
             its reply.
+        background: whether it is to be sent as such a call.
 
     Raises:
         BudgetExceeded: the request could cost more than a budget still allows. Nothing was sent.
     """
     ticket = Ticket(call, current, provider, body, in_flight)
+    ticket.background = background
     if in_flight():
         _send_off(call)
         try:
-            yield ticket
+            with _observed(ticket):
+                yield ticket
         finally:
             call.on_way = False
         return
@@ -163,7 +173,8 @@ async def sending(
                 ticket.held.over()
             raise
         try:
-            yield ticket
+            with _observed(ticket):
+                yield ticket
         except BaseException as error:
             if not ticket.saved:
                 await ticket.failed(error)
@@ -172,6 +183,21 @@ async def sending(
             call.on_way = False
             if ticket.held is not None:
                 ticket.held.over()
+
+
+@contextlib.contextmanager
+def _observed(ticket: Ticket) -> Iterator[None]:
+    """Tells whoever observes the run that the model is asked, and what came of it."""
+    observers = ticket.call.ex.observers
+    failure: BaseException | None = None
+    tell(observers, lambda each: each.request_started(ticket))
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        tell(observers, lambda each: each.request_ended(ticket, failure))
 
 
 def _send_off(call: Call) -> None:

@@ -15,7 +15,10 @@ from agentflow.voice import log as log
 class Settings:
     """The values ``configure`` has set; None means the default."""
 
-    __slots__ = ("ask", "authorize", "budget", "clock", "looking", "model", "notify", "path")
+    __slots__ = (
+        "ask", "authorize", "budget", "clock", "looking", "model", "notify", "path", "trace_content", "trace_replayed",
+        "tracing",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -25,6 +28,9 @@ class Settings:
         self.ask = True
         self.clock: Callable[[], float] | None = None
         self.budget: Any = None  # a budgets.Period
+        self.tracing: bool | None = None
+        self.trace_content: bool | None = None
+        self.trace_replayed = False
         self.looking = False  # a command imports the user's module to look at it: nothing may be run
 
 
@@ -62,6 +68,9 @@ def configure(
     limits: Mapping[str, Any] | None = _UNSET,
     quiet: bool = _UNSET,
     ask: bool | None = _UNSET,
+    tracing: bool | None = _UNSET,
+    trace_content: bool | None = _UNSET,
+    trace_replayed: bool | None = _UNSET,
 ) -> None:
     """Set defaults for this process. What is not named stays as it is; None restores the default.
 
@@ -80,9 +89,16 @@ def configure(
         quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.
         ask: False never asks people in the terminal. Else a run with ``options(wait=True)`` does, where stdin and
             stderr are a terminal, but in tests and notebooks. ``AGENTFLOW_ASK=0`` says the same as False.
+        tracing: OpenTelemetry spans and metrics of runs. None: where the program has set a provider for them by the
+            time a run starts. True: always, which loads OpenTelemetry, and with it the provider that
+            ``OTEL_PYTHON_TRACER_PROVIDER`` may name. False: never.
+        trace_content: whether spans hold prompts, replies, what tools, steps and runs are given and return, and the
+            messages of errors, all redacted. None: as ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`` says,
+            which is no unless it is set to ``SPAN_ONLY``, ``SPAN_AND_EVENT`` or ``true``.
+        trace_replayed: True makes a span for each replayed step too; else they are only counted.
 
     Raises:
-        UsageError: a value of the wrong kind.
+        UsageError: a value of the wrong kind; ``tracing=True`` without the package ``opentelemetry-api``.
     """
     if path is not _UNSET:
         settings.path = None if path is None else Path(path).expanduser()
@@ -118,3 +134,24 @@ def configure(
         log.quiet = bool(quiet)
     if ask is not _UNSET:
         settings.ask = ask is None or bool(ask)
+    for name, wanted in (("tracing", tracing), ("trace_content", trace_content), ("trace_replayed", trace_replayed)):
+        if wanted is not _UNSET:
+            if wanted is not None and not isinstance(wanted, bool):
+                raise UsageError(f"configure({name}={wanted!r}): True, False, or None for the default.")
+            if name == "tracing" and wanted:
+                _find_opentelemetry()
+            setattr(settings, name, bool(wanted) if name == "trace_replayed" else wanted)
+
+
+def _find_opentelemetry() -> None:
+    from importlib.util import find_spec
+
+    try:
+        found = find_spec("opentelemetry.trace") is not None
+    except ModuleNotFoundError:  # there is nothing of it at all
+        found = False
+    if not found:
+        raise UsageError(
+            "configure(tracing=True) needs the package opentelemetry-api: install agentflow with its extra otel, "
+            'pip install ".[otel]" in a checkout. What collects the spans is yours to choose.'
+        )

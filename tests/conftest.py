@@ -50,7 +50,7 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         if process.poll() is None:
             process.kill()
             process.communicate()
-    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False, ask=None)
+    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False, ask=None, tracing=None, trace_content=None, trace_replayed=None)
     settings.clock = None
     ledger._PRICES.clear()
     ledger._PRICES.update(prices)

@@ -22,7 +22,7 @@ LAYERS = [
     {"batchserver", "cancelled", "digests", "errors", "models", "plain", "words", "workers"},
     {"redact"},
     {"voice"},
-    {"calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
+    {"observing", "calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
     {"bytecode", "clocks", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
     {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
@@ -32,7 +32,8 @@ LAYERS = [
     {"budgets", "generate"},
     {"scripted", "settings", "shown", "supplied"},
     {"sending"},
-    {"plans"},
+    {"otel", "plans"},
+    {"observers"},
     {"clock", "run"},
     {"engine"},
     {"drive"},
@@ -57,7 +58,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-FOLDERS = ("cli", "demo")  # their files import one another freely
+FOLDERS = ("cli", "demo", "otel")  # their files import one another freely
 
 # Who may import what is costly or may be exchanged.
 DOORS = {
@@ -70,6 +71,7 @@ DOORS = {
     "tiktoken_ext": {"tokens"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "opentelemetry": {"otel"},
 }
 
 

@@ -21,6 +21,7 @@ from agentflow.providers.common import (
     create,
     refuse_foreign,
     reported_failure,
+    spanned,
 )
 
 NAME = "anthropic"
@@ -156,7 +157,7 @@ def make_client(transport: Any) -> Any:
 
     import anthropic
 
-    settings: dict[str, Any] = {"max_retries": 0}
+    settings: dict[str, Any] = {"max_retries": 0, **_quiet()}
     if transport is not None:
         import httpx2
 
@@ -176,7 +177,12 @@ def connect(*, url: str, key: str, http_client: Any, api_version: str = "") -> A
     """A client for a compatible server."""
     import anthropic
 
-    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, http_client=http_client)
+    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, http_client=http_client, **_quiet())
+
+
+def _quiet() -> dict[str, Any]:
+    """The SDK makes a span of each request by itself; tokens would be counted twice where ours has one."""
+    return {"open_telemetry": False} if spanned.get() is not None else {}
 
 
 def read(body: dict[str, Any], name: str = NAME) -> Parts:

@@ -97,6 +97,21 @@ class Server:
 
 asking: ContextVar[str | None] = ContextVar("asking", default=None)  # the provider a POST is made for
 
+
+class Spanned:
+    """A request that has a span of ours. ``first_chunk``: when a streamed answer began, by ``time.perf_counter``."""
+
+    __slots__ = ("first_chunk",)
+
+    def __init__(self) -> None:
+        self.first_chunk: float | None = None
+
+
+# The request that is made here, if it has a span: an SDK that makes spans by itself then makes none beside it.
+spanned: ContextVar[Spanned | None] = ContextVar("spanned", default=None)
+
+_addresses: dict[str, str] = {}
+
 _transport: Any = None
 
 
@@ -136,7 +151,7 @@ async def client(server: Server) -> Any:
     """
     prefix = server.name.split("-")[0].upper() + "_"
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(prefix)))
-    key = (server.name, server.key, _transport, environment)
+    key = (server.name, server.key, _transport, environment, spanned.get() is not None)
     loop = asyncio.get_running_loop()
     with _clients_lock:
         known = _clients.setdefault(loop, {})
@@ -146,9 +161,15 @@ async def client(server: Server) -> Any:
         known[key] = (made, closer)
         await anext(closer)
     found = known[key][0]
+    _addresses[server.name] = str(found.base_url)
     if _transport is None:
         network.check(server.name, str(found.base_url))
     return found
+
+
+def address(provider: str) -> str | None:
+    """Where the last request to a provider went: the base URL of its client; None before there was one."""
+    return _addresses.get(provider)
 
 
 async def _close_with_loop(known: dict[Any, Any], key: Any, made: Any) -> AsyncGenerator[None]:
@@ -354,8 +375,11 @@ async def _listen(provider: str, answer: Any, whole: streams.Whole, on_text: OnT
         await answer.aread()
         return
     events = streams.Events()
+    request = spanned.get()
     async for chunk in answer.aiter_bytes():
         for data in events.feed(chunk):
+            if request is not None and request.first_chunk is None:
+                request.first_chunk = time.perf_counter()
             try:
                 text = whole.take(data)
             except (ValueError, TypeError, AttributeError) as exc:
