@@ -555,8 +555,8 @@ async def test_reply_that_comes_after_its_attempt_ran_out_of_time_is_used_by_the
         tried += 1
         if tried > 1:
             given_up.set()
-            while not rows():
-                await asyncio.sleep(0.001)  # noqa: ASYNC110
+            while not rows():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
         return await generate_content("Hi", model=MODEL)
 
     monkeypatch.setattr(aicall._Recorder, "save", saves_late)
