@@ -24,7 +24,7 @@ LAYERS = [
     {"voice"},
     {"calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
     {"bytecode", "clocks", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
-    {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
+    {"answers", "codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
     {"background", "children", "codec", "costs", "places", "providers", "reuse", "rundocs", "waits"},
