@@ -32,6 +32,7 @@ from agentflow.errors import (
     Waiting,
 )
 from agentflow.handles import Plan, Run, run_apart, single, stored_error, workflows
+from agentflow.rich import Listed
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
 
@@ -249,7 +250,8 @@ class Workflow(Generic[P, T]):
     def runs(self, *, status: str | None = None, limit: int | None = None) -> list[Run]:
         """The runs of this workflow, newest first."""
         journal = open_journal()
-        return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
+        documents = rundocs.listed(journal, status=status, workflow=self.name, limit=limit)
+        return Listed(Run(journal, document, self) for document in documents)
 
     def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         named = self._copy(self._definition.options.but(run_id=document["id"], fresh=False))

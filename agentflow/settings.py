@@ -15,7 +15,7 @@ from agentflow.voice import log as log
 class Settings:
     """The values ``configure`` has set; None means the default."""
 
-    __slots__ = ("ask", "authorize", "budget", "clock", "looking", "model", "notify", "path")
+    __slots__ = ("ask", "authorize", "budget", "clock", "looking", "model", "notify", "path", "progress")
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -23,6 +23,7 @@ class Settings:
         self.notify: Callable[[Any], object] | None = None
         self.authorize: Callable[[Any, str | None], bool] | None = None
         self.ask = True
+        self.progress = True
         self.clock: Callable[[], float] | None = None
         self.budget: Any = None  # a budgets.Period
         self.looking = False  # a command imports the user's module to look at it: nothing may be run
@@ -62,6 +63,7 @@ def configure(
     limits: Mapping[str, Any] | None = _UNSET,
     quiet: bool = _UNSET,
     ask: bool | None = _UNSET,
+    progress: bool | None = _UNSET,
 ) -> None:
     """Set defaults for this process. What is not named stays as it is; None restores the default.
 
@@ -80,6 +82,9 @@ def configure(
         quiet: True says nothing on stderr; logging through ``logging.getLogger("agentflow")`` stays.
         ask: False never asks people in the terminal. Else a run with ``options(wait=True)`` does, where stdin and
             stderr are a terminal, but in tests and notebooks. ``AGENTFLOW_ASK=0`` says the same as False.
+        progress: False shows no card of a run while it executes in a cell of a notebook, and says on stderr what
+            other programs say there. Else what stands on the card is not said on stderr as well.
+            ``AGENTFLOW_PROGRESS=0`` says the same as False. Outside a kernel it has no meaning.
 
     Raises:
         UsageError: a value of the wrong kind.
@@ -118,3 +123,5 @@ def configure(
         log.quiet = bool(quiet)
     if ask is not _UNSET:
         settings.ask = ask is None or bool(ask)
+    if progress is not _UNSET:
+        settings.progress = progress is None or bool(progress)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
+    {"rich"},
     {"batchserver", "cancelled", "digests", "errors", "models", "plain", "words", "workers"},
     {"redact"},
     {"voice"},
@@ -31,10 +32,10 @@ LAYERS = [
     {"costlines", "tools"},
     {"budgets", "generate"},
     {"scripted", "settings", "shown", "supplied"},
-    {"sending"},
+    {"cardparts", "sending"},
     {"plans"},
     {"clock", "run"},
-    {"engine"},
+    {"engine", "watched"},
     {"drive"},
     {"portal"},
     {"batches", "blocking", "fanout", "human", "scratch", "values"},
@@ -43,7 +44,9 @@ LAYERS = [
     {"agent", "moments", "otherform"},
     {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
-    {"childcalls"},
+    {"childcalls", "runcards"},
+    {"cards", "forms"},
+    {"notebook"},
     {"opening"},
     {"closing"},
     {"flow", "runs"},
@@ -70,6 +73,7 @@ DOORS = {
     "tiktoken_ext": {"tokens"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "ipywidgets": {"forms"},
 }
 
 
