@@ -26,6 +26,7 @@ _ITEMS = 40  # of a list or dict
 _FIELDS = 12  # of a dict that is shown field by field
 _DEPTH = 6
 _WHOLE = 20_000  # characters of a text that are looked at
+_NO_MATH = "tex2jax_ignore mathjax_ignore"  # classes: what stands between two dollar signs is no formula
 
 STYLE = """<style>
 .agentflow{--ok:var(--jp-success-color1,var(--vscode-charts-green,#2f9e53));
@@ -41,7 +42,9 @@ max-width:960px;overflow-wrap:anywhere}
 .agentflow.waiting,.agentflow.open{border-left-color:var(--wait)}.agentflow.running{border-left-color:var(--run)}
 .agentflow .af-head{display:flex;flex-wrap:wrap;gap:0 10px;align-items:baseline}
 .agentflow .af-title{font-weight:600;font-size:14px}.agentflow .af-grow{flex:1}
-.agentflow .af-dim{opacity:.68}.agentflow .af-code{font-family:var(--mono);font-size:12px}
+.agentflow .af-dim{opacity:.68}
+.agentflow .af-code{font-family:var(--mono);font-size:12px;background:var(--soft);color:inherit;border:0;
+border-radius:3px;padding:1px 4px}
 .agentflow .af-completed,.agentflow .af-approved,.agentflow .af-answered,.agentflow .af-reused{color:var(--ok)}
 .agentflow .af-failed,.agentflow .af-rejected,.agentflow .af-fails,.agentflow .af-minus{color:var(--bad)}
 .agentflow .af-waiting,.agentflow .af-open,.agentflow .af-retrying,.agentflow .af-changed,
@@ -120,7 +123,7 @@ def dim(said: Any) -> str:
 
 def card(content: Iterable[str], kind: str = "", *, style: bool = True) -> str:
     """The frame of a card. ``kind``: a status, for its colour."""
-    return f'{STYLE if style else ""}<div class="agentflow {word(kind)}">{"".join(content)}</div>'
+    return f'{STYLE if style else ""}<div class="agentflow {word(kind)} {_NO_MATH}">{"".join(content)}</div>'
 
 
 def head(*parts: str) -> str:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import orjson
+
 from agentflow import answers, schema, tasks
 from agentflow import cardparts as part
 from agentflow.errors import AgentflowError, TaskClosed
+from agentflow.kernels import acknowledging
 from agentflow.records import UNSET, HumanTask
 
 _WIDE = {"width": "32em"}
@@ -60,14 +63,14 @@ class Form:
 
         self.task = task
         self._goes_on = goes_on
-        self._fields: list[tuple[str, Any, Callable[[], tuple[Any, str | None]]]] = []
+        self._reads: dict[str, Callable[[], tuple[Any, str | None]]] = {}
         self._said = ipywidgets.HTML()
-        self._comment = ipywidgets.Text(placeholder="comment (may be empty)", layout=_WIDE)
+        self._comment = _typed(ipywidgets.Text, placeholder="comment (may be empty)")
         words = {"input": "Answer", "in_doubt": "It happened"}
         yes = words.get(task.type, "Approve" if task.schema is None else "Send")
         no = "It did not" if task.type == "in_doubt" else "Reject"
-        self._yes = ipywidgets.Button(description=yes, button_style="success", icon="check")
-        self._no = ipywidgets.Button(description=no, button_style="danger", icon="times")
+        self._yes = acknowledging(ipywidgets.Button(description=yes, button_style="success", icon="check"))
+        self._no = acknowledging(ipywidgets.Button(description=no, button_style="danger", icon="times"))
         self._yes.on_click(lambda _: self._decide(True))
         self._no.on_click(lambda _: self._decide(False))
         rows = [widget for widget in self._rows() if widget is not None]
@@ -86,7 +89,7 @@ class Form:
     def _rows(self) -> Sequence[Any]:
         task, form = self.task, self.task.schema
         if form is None:
-            return [self._json("answer", {}, "the answer (JSON, or else text)")] if answers.asks_for_data(task) else []
+            return [self._json()] if answers.asks_for_data(task) else []
         fields = form.get("properties")
         if not fields:
             return [self._field("answer", form, UNSET, required=True)]
@@ -98,49 +101,58 @@ class Form:
         ]
 
     def _field(self, name: str, form: dict[str, Any], default: Any, *, required: bool) -> Any:
+        """One field with its label; how it is read is kept under its name."""
         import ipywidgets
 
         form = dict(schema.referred(form, self.task.schema or {}))
-        label = part.text(form.get("title") or name, 60) + ("" if required or default is not UNSET else " (optional)")
+        optional = not required and default in (UNSET, None)
+        label = part.text(form.get("title") or name, 60) + (" (optional)" if optional else "")
         if form.get("type") == "boolean":
-            box = ipywidgets.Checkbox(
-                value=bool(default) if default is not UNSET else False, description=label, indent=False
-            )
-            self._fields.append((name, box, lambda: (box.value, None)))
+            given = default is not UNSET and bool(default)
+            box = acknowledging(ipywidgets.Checkbox(value=given, description=label, indent=False))
+            self._reads[name] = lambda: (box.value, None)
             return box
-        if form.get("enum") and (required or default is not UNSET):
+        if form.get("enum") and (required or default in form["enum"]):
             options = [(part.text(each, 80), each) for each in form["enum"]]
             chosen = default if default in form["enum"] else form["enum"][0]
-            menu = ipywidgets.Dropdown(options=options, value=chosen)
-            self._fields.append((name, menu, lambda: (menu.value, None)))
+            menu = acknowledging(ipywidgets.Dropdown(options=options, value=chosen))
+            self._reads[name] = lambda: (menu.value, None)
             return _labelled(label, menu)
         kind = answers.kind(form)
-        value = "" if default is UNSET or default is None else part.shown_text(default, 20_000)
-        long = kind == "JSON" or "\n" in value or len(value) > 80
-        box = (ipywidgets.Textarea if long else ipywidgets.Text)(value=value, placeholder=kind, layout=_WIDE)
-        self._fields.append((name, box, lambda: self._read(name, box.value, form, required)))
-        return _labelled(f"{label}: {kind}", box)
+        before, hint = _prefilled(default), kind
+        if before is None:
+            before, hint = "", "left as it is; what you type replaces it"
+        long = kind == "JSON" or "\n" in before or len(before) > 80
+        line = _typed(ipywidgets.Textarea if long else ipywidgets.Text, value=before, placeholder=hint)
+        self._reads[name] = lambda: self._read(name, line.value, before, form, required)
+        return _labelled(label, line)
 
-    def _json(self, name: str, form: dict[str, Any], label: str) -> Any:
+    def _json(self) -> Any:
+        """The field of a task that takes data and has no schema."""
         import ipywidgets
 
-        box = ipywidgets.Textarea(placeholder=label, layout=_WIDE)
-        self._fields.append(
-            (name, box, lambda: (answers.parsed(box.value, box.value) if box.value.strip() else UNSET, None))
-        )
-        return box
+        line = _typed(ipywidgets.Textarea, placeholder="the answer (JSON, or else text)")
+        self._reads["answer"] = lambda: (answers.parsed(line.value, line.value) if line.value.strip() else UNSET, None)
+        return line
 
-    def _read(self, name: str, typed: str, form: dict[str, Any], required: bool) -> tuple[Any, str | None]:
-        if not typed.strip():
-            return UNSET, f"{name} needs an answer" if required else None
-        return answers.read(typed.strip(), form, name, self.task.schema)
+    def _read(self, name: str, typed: str, before: str, form: dict[str, Any], required: bool) -> tuple[Any, str | None]:
+        """What a field says; UNSET where it was empty and is. One that was emptied is empty text, or nothing."""
+        if typed.strip():
+            value, wrong = answers.read(typed, form, name, self.task.schema)
+            return (value, None) if wrong is None else answers.read(typed.strip(), form, name, self.task.schema)
+        if not before and not required:
+            return UNSET, None
+        for empty in ("", None) if before else ():
+            if schema.misfit(empty, form, name, self.task.schema) is None:
+                return empty, None
+        return UNSET, f"{name} needs an answer"
 
     # -- the decision ----------------------------------------------------------------------------
 
     def _decide(self, approved: bool) -> None:
         data: Any = UNSET
         try:
-            if approved and self._fields:
+            if approved and self._reads:
                 data, wrong = self._data()
                 if wrong:
                     return self._say(wrong, "failed")
@@ -157,12 +169,13 @@ class Form:
             self._say(str(error), "failed")
         else:
             after = "The run goes on." if self._goes_on() else "Run the cell again, and the run goes on."
-            self._close(f"{done.status} by {by or 'somebody'}. {after}", done.status)
+            what = "" if data is UNSET else f": {part.shown_text(data, 500)}"
+            self._close(f"{done.status} by {by or 'somebody'}{what}. {after}", done.status)
 
     def _data(self) -> tuple[Any, str | None]:
         """The answer, or why it is none: one value where the schema has no fields, else those that are filled in."""
         found: dict[str, Any] = {}
-        for name, _, read in self._fields:
+        for name, read in self._reads.items():
             value, wrong = read()
             if wrong:
                 return UNSET, wrong
@@ -188,6 +201,19 @@ class Form:
         for button in (self._yes, self._no):
             button.disabled = True
         self._say(text, kind)
+
+
+def _typed(kind: Any, **options: Any) -> Any:
+    """A field to type in. It says what it holds when it is left, so that no half of a word is taken for the answer."""
+    return acknowledging(kind(layout=_WIDE, continuous_update=False, **options))
+
+
+def _prefilled(default: Any) -> str | None:
+    """A value as it stands in a field; None where it cannot stand there whole: it is long, or holds a secret."""
+    if default is UNSET or default is None:
+        return ""
+    whole = default if isinstance(default, str) else orjson.dumps(default).decode()
+    return whole if part.text(whole, 20_000) == whole else None
 
 
 def _labelled(label: str, widget: Any) -> Any:

@@ -23,6 +23,7 @@ from agentflow import cardparts as part
 from agentflow import cards, forms, runcards, rundocs, tasks
 from agentflow.errors import TaskNotFound, Waiting
 from agentflow.handles import Run
+from agentflow.kernels import cell, kernel
 from agentflow.records import HumanTask
 from agentflow.rich import Listed
 from agentflow.run import Execution
@@ -34,16 +35,6 @@ _SECOND = 1.0  # seconds after which the times on a card are brought up to date
 _CARDS = 20  # runs of a cell that are shown; of more, the newest
 _FORMS = 5  # tasks below one card
 _LEFT = 3.0  # seconds that the end of a run may take to be committed
-
-
-def kernel() -> Any:
-    """The shell of the IPython kernel that this process is; None in all other programs, terminals of IPython too."""
-    if "ipykernel" not in sys.modules:
-        return None
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    session = getattr(getattr(shell, "kernel", None), "session", None)
-    # A child process that was forked from a kernel has its shell, and nobody who listens.
-    return shell if session is not None and getattr(session, "pid", os.getpid()) == os.getpid() else None
 
 
 # -- cards of objects ------------------------------------------------------------------------
@@ -65,7 +56,7 @@ def bundle(value: Any) -> dict[str, Any]:
     made = {"text/plain": words(value), "text/html": card}
     if (shell := kernel()) is None:
         return made
-    if isinstance(value, Run) and (board := _boards.get(_cell(shell))) is not None:
+    if isinstance(value, Run) and (board := _boards.get(_name(shell))) is not None:
         board.fold(value.id)
     if forms.available() and (asked := _asked(value)):
         made = forms.under(card, asked) | made
@@ -151,23 +142,23 @@ def _blocks() -> bool:
     return asyncio is None or asyncio._get_running_loop() is None
 
 
-def _cell(shell: Any) -> str:
-    """What names the cell whose code is running: the message that asked for it."""
-    return str(getattr(shell.display_pub, "parent_header", {}).get("msg_id", ""))
-
-
 _boards: dict[str, Board] = {}
 _boards_lock = threading.Lock()
 
 
+def _name(shell: Any) -> str:
+    """What names the cell whose code is running."""
+    return str(cell(shell).get("msg_id", ""))
+
+
 def _board(shell: Any) -> Board:
-    cell = _cell(shell)
+    name = _name(shell)
     with _boards_lock:
-        for known in [name for name, board in _boards.items() if name != cell and not board.open]:
+        for known in [each for each, board in _boards.items() if each != name and not board.open]:
             del _boards[known]
-        if cell not in _boards:
-            _boards[cell] = Board(shell)
-        return _boards[cell]
+        if name not in _boards:
+            _boards[name] = Board(shell)
+        return _boards[name]
 
 
 class _Entry:
@@ -201,9 +192,9 @@ class _Entry:
     def look(self) -> None:
         """Bring a running one up to date."""
         if self.ex is not None:
-            self.nested = self.ex.around is not None
-            line = f"{self.run_id} · running · {runcards.progress(self.ex)}"
-            self.title = f"{part.dot('running')} {part.line(line, 200)}"
+            self.status, self.nested = self.ex.state, self.ex.around is not None
+            line = f"{self.run_id} · {self.status} · {runcards.progress(self.ex)}"
+            self.title = f"{part.dot(self.status)} {part.line(line, 200)}"
             self.content, self.words = "".join(runcards.running(self.ex)), part.text(line)
 
     def html(self, alone: bool) -> str:

@@ -91,8 +91,7 @@ def ended_words(value: Run, line: str, said: Sequence[tuple[str, str]] = ()) -> 
 
 def running(ex: Watched) -> Iterator[str]:
     """The card of a run while it executes."""
-    now, totals = ex.clock(), ex.totals
-    state = "waiting" if ex.open and not any(bar.status == "running" for bar in list(ex.bars.values())) else "running"
+    now, totals, state = ex.clock(), ex.totals, ex.state
     took = part.span("dim", words(time.time() - ex.began))
     yield part.head(part.status(state), part.title(ex.workflow), part.code(ex.run_id, 80), "", took)
     yield part.dim(progress(ex))

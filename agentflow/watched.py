@@ -92,6 +92,12 @@ class Watched(Execution):
         say("%s · %s", self.run_id, text, extra={SHOWN: self.shown})
 
     @property
+    def state(self) -> str:
+        """waiting, where nothing is done but that; else running."""
+        works = any(bar.status == "running" for bar in list(self.bars.values()))
+        return "waiting" if self.open and not works else "running"
+
+    @property
     def shown(self) -> bool:
         """Whether people see what is kept here."""
         return True

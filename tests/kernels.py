@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -140,10 +141,17 @@ class Kernel:
         self.client.shell_channel.send(message)
         return str(message["header"]["msg_id"])
 
-    def _settle(self, ident: str) -> None:
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        """What the kernel publishes; an error when it is still not what was waited for after a long time."""
+        deadline = time.monotonic() + SECONDS
         while True:
             message = self.client.get_iopub_msg(timeout=SECONDS)
             self._widget(message)
+            yield message
+            assert time.monotonic() < deadline, "the kernel does not say what is waited for"
+
+    def _settle(self, ident: str) -> None:
+        for message in self._messages():
             mine = message["parent_header"].get("msg_id") == ident
             if mine and message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
                 return
@@ -153,9 +161,27 @@ class Kernel:
         output = self.run(code)
         return output.printed + output.error
 
-    def begin(self, code: str) -> None:
-        """Start a cell and do not wait for its end."""
-        self.client.execute(code)
+    def begin(self, code: str) -> str:
+        """Start a cell and do not wait for its end; the id of the message, for ``end``."""
+        return str(self.client.execute(code))
+
+    def end(self, ident: str) -> str:
+        """Wait for the end of a cell; what it printed or failed with from now on."""
+        found = ""
+        for message in self._messages():
+            content = message["content"]
+            if message["parent_header"].get("msg_id") == ident:
+                found += content.get("text", "") + "\n".join(content.get("traceback", ()))
+                if content.get("execution_state") == "idle":
+                    break
+        return found
+
+    def wait_for(self, model: str, **state: Any) -> str:
+        """A widget, as soon as there is one, while a cell is running."""
+        for _ in self._messages():
+            if any(each.get("_model_name") == model and state.items() <= each.items() for each in self.widgets.values()):
+                break
+        return self.find(model, **state)
 
     def kill(self) -> None:
         """The end of a kernel without a word, as by a crash or by the memory that ran out."""

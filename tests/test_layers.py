@@ -32,7 +32,7 @@ LAYERS = [
     {"costlines", "tools"},
     {"budgets", "generate"},
     {"scripted", "settings", "shown", "supplied"},
-    {"cardparts", "sending"},
+    {"cardparts", "kernels", "sending"},
     {"plans"},
     {"clock", "run"},
     {"engine", "watched"},

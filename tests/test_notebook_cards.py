@@ -454,6 +454,20 @@ def test_a_cell_that_waits_goes_on_when_the_button_is_pressed(kernel: Kernel) ->
     assert "approved by grace" in said(kernel)
 
 
+def test_a_form_takes_the_last_of_several_changes_while_its_cell_waits(kernel: Kernel) -> None:
+    cell = kernel.begin(FORM.replace('"form"', '"form-waits"') + 'print(await form.options(wait=True).run("Ida"))')
+    amount = kernel.wait_for("TextModel", placeholder="whole number")
+    # A frontend sends the next change of a field when the kernel has said that it has dealt with the one before.
+    for typed in ("many", "4", "42"):
+        kernel.fill(amount, typed)
+        if typed == "many":
+            kernel.click("Send")
+            assert "has to be a whole number" in str(kernel.widgets)
+    kernel.press("Send")
+    assert kernel.end(cell) == "amount=42 reason='late' notify=False note=None parts=[]\n"
+    assert "answered by grace" in said(kernel) and '"amount": 42' in said(kernel)
+
+
 def test_while_a_cell_waits_a_decision_from_elsewhere_closes_its_form(kernel: Kernel, outside: Path) -> None:
     def decide(message: dict[str, Any]) -> None:
         if "application/vnd.jupyter.widget-view+json" in message["content"].get("data", {}):
