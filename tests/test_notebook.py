@@ -150,7 +150,7 @@ def test_it_runs_from_beginning_to_end_and_says_in_each_cell_what_happened(noteb
     assert sorted(notebook.asked) == ALL
     assert shown[ASK].printed == "Nothing is lost.\n1 calls so far\n"
     assert "4 calls so far" in shown[CHAIN].printed and "3 steps: 0 replayed, 3 run" in shown[CHAIN].shown
-    plan = shown[EDITED].printed
+    plan = shown[EDITED].shown
     assert "-" in plan and "polite" in plan and "friendly" in plan and "wishes" in plan
     assert "6 calls so far" in shown[RUN_EDITED].printed and "3 steps: 1 replayed, 2 run" in shown[RUN_EDITED].shown
     assert "  -Write a polite answer.\n  +Write an answer in one friendly sentence." in shown[RUN_EDITED].shown
@@ -234,7 +234,7 @@ def test_the_recording_that_it_exports_is_played_by_a_test_as_the_notebook_says(
     outside.mkdir()
     project = Project(outside)
     letters = "from agentflow import configure, generate_content, workflow\nconfigure(model='openai:scripted')\n"
-    project.write("letters.py", letters + CELLS[EDITED].partition("\n\n\nprint(")[0] + "\n")
+    project.write("letters.py", letters + CELLS[EDITED].partition("\n\n\nawait ")[0] + "\n")
     letter: Any = next(line for line in CELLS[CHAIN].splitlines() if line.startswith("letter = "))
     said = "".join(json.loads(PAIR[0].read_text())["cells"][-1]["source"])
     test = said.split("```python\n")[1].split("```")[0].replace('"Hello, my parcel ..."', letter.removeprefix("letter = "))
