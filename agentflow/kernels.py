@@ -22,7 +22,7 @@ def kernel() -> Any:
 
 def cell(shell: Any) -> dict[str, Any]:
     """The header of the message that asked for the cell whose code is running; it answers what is displayed."""
-    return dict(getattr(shell.display_pub, "parent_header", {}))
+    return dict(shell.get_parent().get("header", {}))
 
 
 def acknowledging(widget: Any) -> Any:

@@ -76,15 +76,16 @@ class Watched(Execution):
 
     def add(self, wait: Any) -> None:
         """A branch waits for this from now on (the place of a terminal that asks people)."""
-        for info in () if wait is None else (wait.info, *wait.more):
-            self.open[str(info["id"])] = info
-        self.changes += 1
+        if wait is not None:
+            self.open |= {str(info["id"]): info for info in (wait.info, *wait.more)}
+            self.changes += 1
 
     def drop(self, wait: Any) -> None:
         """It waits for it no more."""
-        for info in () if wait is None else (wait.info, *wait.more):
-            self.open.pop(str(info["id"]), None)
-        self.changes += 1
+        if wait is not None:
+            for info in (wait.info, *wait.more):
+                self.open.pop(str(info["id"]), None)
+            self.changes += 1
 
     def _log(self, level: str, text: str) -> None:
         """For handlers of the program's own; on stderr it would stand beside the card that says it."""

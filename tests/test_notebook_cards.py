@@ -440,6 +440,42 @@ def test_a_form_that_is_filled_in_by_the_data_shown_keeps_what_is_not_changed(ke
     assert kernel.printed('print(await form.run("Eve"))') == "amount=6 reason='broken' notify=True note='so far' parts=[]\n"
 
 
+def test_a_field_holds_no_masked_secret_and_one_that_is_emptied_is_empty(kernel: Kernel) -> None:
+    kernel.run(f"KEY = {KEY!r}" + """
+class Access(BaseModel):
+    key: str
+    note: str | None
+    count: int = 3
+    text: str = "so far"
+@workflow("access")
+async def access(ctx, who: str):
+    return await human_task("fill in", title=who, schema=Access, data=Access(key=KEY, note="a note"))
+await access.run("Dan")
+""")
+    assert "abcdefghijklmnop" not in json.dumps(kernel.widgets)
+    count, text = (kernel.find("TextModel", value=value) for value in ("3", "so far"))
+    kernel.fill(count, "")
+    kernel.click("Send")
+    assert "count needs an answer" in said(kernel)
+    for field, value in ((count, "4"), (text, ""), (kernel.find("TextModel", value="a note"), "")):
+        kernel.fill(field, value)
+    kernel.click("Send")
+    assert "abcdefghijklmnop" not in json.dumps(kernel.widgets)
+    assert kernel.printed('made = await access.run("Dan"); print(made.key == KEY, repr(made.note), made.count, repr(made.text))') == "True '' 4 ''\n"
+
+
+def test_a_task_for_data_without_a_schema_takes_json_or_text(kernel: Kernel) -> None:
+    kernel.run("""
+@workflow("free")
+async def free(ctx, n: int):
+    return (await human_task("input", title=f"What is {n}?")).data
+await free.run(1)
+""")
+    kernel.fill(kernel.find("TextareaModel"), '{"a": [1]}')
+    kernel.click("Answer")
+    assert kernel.printed("print(await free.run(1))") == "{'a': [1]}\n"
+
+
 def test_a_cell_that_waits_goes_on_when_the_button_is_pressed(kernel: Kernel) -> None:
     pressed: list[str] = []
 
@@ -578,6 +614,7 @@ async def test_whatever_an_object_holds_its_card_is_text_between_a_few_harmless_
         assert tags.attributes <= {"class", "style", "open"}, (type(value), tags.attributes)
         assert "alert(1)" in tags.text, type(value)
         assert "\u202e" not in html and "\x1b" not in html
+        assert "mathjax_ignore" in html, "what stands between two dollar signs is no formula"
         assert "url(" not in html and "@import" not in html, "nothing is fetched"
 
 
