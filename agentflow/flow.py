@@ -114,7 +114,8 @@ class Workflow(Generic[P, T]):
             fresh: True begins a new run for the same input, which is the current one from then on.
             rerun: names (or ids) of steps whose records are dropped and which are done anew.
             wait: True stays until people and long sleeps are through, instead of suspending. In a terminal people are
-                asked right there, unless ``configure(ask=False)`` says otherwise.
+                asked right there, unless ``configure(ask=False)`` says otherwise; in a notebook with ipywidgets by
+                buttons below the card, while a cell awaits the run.
             busy: what if another process owns the run: "raise" (``RunBusy``) or "wait".
             budget: dollars for the run, in place of the workflow's; kept with the run, for whoever resumes it.
                 None: the run's own, else the workflow's.

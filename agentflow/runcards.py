@@ -199,8 +199,9 @@ def bars_of(value: Run) -> list[Bar]:
         if head["status"] == "failed":
             bar.error = f"{head['error']['name']}: {head['error']['message']}"
         elif head["kind"] in ("ai", "agent") and not head.get("secret"):
-            usage = orjson.loads(row.output)["usage"]
-            bar.tokens = usage["input_tokens"] + usage["output_tokens"]
+            answer = orjson.loads(row.output)
+            if isinstance(answer, dict):  # and not the vectors of an embedding
+                bar.tokens = answer["usage"]["input_tokens"] + answer["usage"]["output_tokens"]
         bar.cut = _failures(journal, f"a/{base}/{head['occ']}.") if bar.attempts > 1 else []
         found.append(bar)
     return found

@@ -21,17 +21,19 @@ from agentflow import (
     Retry,
     Waiting,
     configure,
+    embed,
     generate_content,
     human_task,
     runs,
     step,
     tasks,
+    tool,
     workflow,
 )
 from agentflow.models import Usage
 from agentflow.records import PlanStep
 from agentflow.rich import Listed
-from agentflow.testing import FakeModel
+from agentflow.testing import FakeModel, ToolCall
 from tests.kernels import SECONDS, Kernel, Output
 from tests.programs import ROOT, environment
 
@@ -676,6 +678,33 @@ async def test_a_plan_a_run_and_their_lists_say_what_they_are_in_words() -> None
     assert words.startswith(f"{run.id} · completed · 1 step · paid") and "\n  add" in words
     assert runs.list()._repr_mimebundle_()["text/plain"].startswith(f"{run.id} · completed")
     assert runs.list(status="failed")._repr_mimebundle_()["text/plain"] == "none"
+
+
+async def test_steps_of_every_kind_stand_on_the_card_of_their_run() -> None:
+    @tool
+    def look_up(order: int) -> str:
+        """Find."""
+        return "ok"
+
+    @workflow
+    async def kinds(ctx: Any, n: int) -> Any:
+        await step("hidden", lambda: "not to be seen", secret=True)
+        await generate_content("x", tools=[look_up], name="ask", model="openai:scripted")
+        await embed(["a", "b"], model="openai:text-embedding-3-small")
+        ctx.now()
+        await ctx.sleep("1ms")
+        return await ctx.wait_for_event("paid", timeout=0, default="late")
+
+    with FakeModel([ToolCall("look_up", order=7), "done"]):
+        run = await kinds.start(1)
+    for value in (run, run.steps, *run.steps):
+        made = value._repr_mimebundle_()
+        assert "not to be seen" not in "".join(made.values())
+    words = run._repr_mimebundle_()["text/plain"]
+    assert [line.split(" · ")[0].strip() for line in words.splitlines()[1:]] == [
+        "hidden", "ask", "turn 1", "look_up", "turn 2", "embed", "sleep 0.001s", "event paid",
+    ]  # fmt: skip
+    assert "tokens" in words
 
 
 async def test_lists_with_a_card_are_lists_to_steps_and_records() -> None:
