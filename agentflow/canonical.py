@@ -34,6 +34,7 @@ import orjson
 
 from agentflow.digests import blake2b
 from agentflow.errors import UsageError
+from agentflow.rich import Listed
 
 LONG = 64 * 1024
 """Strings above this many characters, and bytes above 1 KB, stand in the text as length and hash."""
@@ -495,7 +496,7 @@ _SCALARS: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys((pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath),
                     _tag("~path", lambda v: v.as_posix())),
 }  # fmt: skip
-_CONTAINERS = {tuple, list, dict, set, frozenset, deque}
+_CONTAINERS = {tuple, list, Listed, dict, set, frozenset, deque}
 
 
 def _items(cls: type) -> Callable[[Encoder, Any], Any]:

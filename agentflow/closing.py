@@ -300,15 +300,21 @@ def give_up(opened: Opened, over: BudgetExceeded | None = None) -> None:
         if was_cancelled(opened.ex.journal, opened.ex.run_id):
             opened.ex.cancelled = True
             status = "cancelled"
-            log.warning("%s · was cancelled; nothing more is committed here", opened.ex.run_id)
+            _left(opened.ex, "was cancelled; nothing more is committed here")
             return
-        log.warning("%s · another process has taken this run over; nothing more is committed here", opened.ex.run_id)
+        _left(opened.ex, "another process has taken this run over; nothing more is committed here")
     except JournalError as error:
-        log.warning("%s · could not note that the run was interrupted: %s", opened.ex.run_id, error)
+        _left(opened.ex, f"could not note that the run was interrupted: {error}")
     else:
         summary(opened.ex, "interrupted" if over is None else "stopped by its budget")
     finally:
         _tell(opened, status, why)
+
+
+def _left(ex: Execution, why: str) -> None:
+    """Say that this process has nothing more to say of the run."""
+    if not ex.ends(why):
+        log.warning("%s · %s", ex.run_id, why)
 
 
 def summary(ex: Execution, status: str) -> None:
@@ -322,4 +328,5 @@ def summary(ex: Execution, status: str) -> None:
     if totals.paid or totals.saved or totals.unpriced:
         unknown = f" and {totals.unpriced} of unknown price" if totals.unpriced else ""
         line += f" · paid {money(totals.paid)}{unknown}, saved {money(totals.saved)}"
-    log.info("%s · %s", ex.run_id, line)
+    if not ex.ends(line):
+        log.info("%s · %s", ex.run_id, line)

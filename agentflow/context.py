@@ -14,6 +14,7 @@ from agentflow.durations import Duration, exact, seconds
 from agentflow.errors import UsageError
 from agentflow.index import Row, Slot
 from agentflow.journal import Add
+from agentflow.rich import Rich
 from agentflow.run import Execution
 from agentflow.settings import log
 from agentflow.values import in_ident, once
@@ -76,7 +77,7 @@ def _came(outcome: dict[str, Any]) -> Any:
     return decision_of(outcome, codec.look)
 
 
-class Steps:
+class Steps(Rich):
     """The steps of this execution so far, by name: ``ctx.steps["charge"].duration``."""
 
     def __init__(self, ex: Execution) -> None:

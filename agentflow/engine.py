@@ -382,10 +382,7 @@ def _attempts(call: Call, again: int) -> Process:
                 free += 1
                 ex.say(f"{call.name}: what had been paid for before fails again ({_brief(failure)}); asking anew")
             else:
-                ex.say(
-                    f"{call.name}: attempt {attempt} of {retry.max_attempts} failed ({_brief(failure)}); "
-                    f"next in {delay:.2g}s"
-                )
+                ex.tries_again(call, attempt, retry.max_attempts, _brief(failure), delay)
             yield ("sleep", delay)
             if late := ex.late_result(call):
                 text, value = late

@@ -46,6 +46,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+from agentflow.rich import Rich
+
 
 class AgentflowError(Exception):
     """Base of all errors raised by agentflow."""
@@ -120,7 +122,7 @@ class RunBusy(AgentflowError):
         self.owner = owner or {}
 
 
-class Waiting(AgentflowError):
+class Waiting(Rich, AgentflowError):
     """The run is suspended: it goes on when what it waits for has come.
 
     ``waiting_on`` lists the open waits, each a dict with ``kind`` (task, event, sleep or batch), ``id``,
@@ -131,6 +133,10 @@ class Waiting(AgentflowError):
         super().__init__(message)
         self.run_id = run_id
         self.waiting_on = waiting_on
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints if nobody catches it: that a run waits is no mistake somewhere in the code."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 class RunCancelled(AgentflowError):

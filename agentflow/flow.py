@@ -33,6 +33,7 @@ from agentflow.errors import (
 )
 from agentflow.handles import Plan, Run, run_apart, single, stored_error, workflows
 from agentflow.observing import tell
+from agentflow.rich import Listed
 from agentflow.run import Execution
 from agentflow.scratch import open_journal
 
@@ -114,7 +115,8 @@ class Workflow(Generic[P, T]):
             fresh: True begins a new run for the same input, which is the current one from then on.
             rerun: names (or ids) of steps whose records are dropped and which are done anew.
             wait: True stays until people and long sleeps are through, instead of suspending. In a terminal people are
-                asked right there, unless ``configure(ask=False)`` says otherwise.
+                asked right there, unless ``configure(ask=False)`` says otherwise; in a notebook with ipywidgets by
+                buttons below the card, while a cell awaits the run.
             busy: what if another process owns the run: "raise" (``RunBusy``) or "wait".
             budget: dollars for the run, in place of the workflow's; kept with the run, for whoever resumes it.
                 None: the run's own, else the workflow's.
@@ -250,7 +252,8 @@ class Workflow(Generic[P, T]):
     def runs(self, *, status: str | None = None, limit: int | None = None) -> list[Run]:
         """The runs of this workflow, newest first."""
         journal = open_journal()
-        return [Run(journal, d, self) for d in rundocs.listed(journal, status=status, workflow=self.name, limit=limit)]
+        documents = rundocs.listed(journal, status=status, workflow=self.name, limit=limit)
+        return Listed(Run(journal, document, self) for document in documents)
 
     def again(self, document: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         named = self._copy(self._definition.options.but(run_id=document["id"], fresh=False))

@@ -15,6 +15,7 @@ from agentflow.calls import here
 from agentflow.context import view
 from agentflow.errors import AgentflowError, RunCancelled, StepFailed, UsageError, Waiting
 from agentflow.journal import Journal
+from agentflow.rich import Listed, Rich
 from agentflow.words import moment
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ workflows: dict[str, Any] = {}
 _UNSET: Any = object()
 
 
-class Plan:
+class Plan(Rich):
     """What a run would do now: one line a step, nothing spent.
 
     ``print(plan)`` shows each step with its state, what differs from its record, and an estimate of its cost.
@@ -51,7 +52,7 @@ class Plan:
         return plans.render(self.run_id, self.steps)
 
 
-class Run:
+class Run(Rich):
     """One run as the journal has it now. ``await run`` goes on with it and gives its result."""
 
     def __init__(self, journal: Journal, document: dict[str, Any], workflow: Any = None) -> None:
@@ -92,7 +93,7 @@ class Run:
     @property
     def steps(self) -> list[StepRecord]:
         """The recorded steps, in the order in which they started; ``status`` is completed, failed or undone."""
-        return [view(row) for row in rundocs.rows(self._journal, self.id, undone=True)]
+        return Listed(view(row) for row in rundocs.rows(self._journal, self.id, undone=True))
 
     @property
     def waiting_on(self) -> list[dict[str, Any]]:

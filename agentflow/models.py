@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar
 
+from agentflow.rich import Rich
+
 T = TypeVar("T")
 
 
@@ -43,7 +45,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply(Generic[T]):
+class Reply(Rich, Generic[T]):
     """A model's answer with everything that came with it: ``output_type=Reply`` or ``Reply[T]``.
 
     Attributes:

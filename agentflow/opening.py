@@ -6,6 +6,7 @@ A crash anywhere leaves a run whose lease is dead: the next start takes it over,
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -290,13 +291,14 @@ def take_up(
         observers = begin_observing(document, prior)
         ops += [*rundocs.write(document, "running"), Drop(rundocs.wake_key(run_id))]
         journal.commit(ops, fence=lease.fence)
-    ex = execution(flow, journal, run_id, document, arguments, prior)
+    ex = execution(flow, journal, run_id, document, arguments, prior, _kind())
     ex.fence, ex.lease, ex.observers = lease.fence, lease, observers
     ex.deadline = document.get("deadline")
     ex.cancelling = bool(document.get("cancelling"))
     executing.add(ex)
     if prior is not None:
         ex.load_marks()
+    ex.begins()
     return Opened(flow, ex, document, lease, arguments)
 
 
@@ -315,8 +317,9 @@ def execution(
     document: dict[str, Any] | None,
     arguments: dict[str, Any],
     prior: str | None,
+    kind: type[Execution] = Execution,
 ) -> Execution:
-    ex = Execution(journal, run_id, flow.name, driver, on_change=flow.on_change)
+    ex = kind(journal, run_id, flow.name, driver, on_change=flow.on_change)
     ex.ask = _ask_in_doubt
     ex.stay = flow.options.wait
     if ex.stay:
@@ -334,6 +337,15 @@ def execution(
         ex.prior = prior
         ex.records.load()
     return ex
+
+
+def _kind() -> type[Execution]:
+    """What executes a run in this process: in a kernel, an execution that shows what it does."""
+    if "ipykernel" not in sys.modules:
+        return Execution
+    from agentflow import notebook
+
+    return notebook.execution()
 
 
 def _ask_in_doubt(call: Call) -> Wait:

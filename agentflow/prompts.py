@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from agentflow.errors import UsageError
+from agentflow.rich import Rich
 from agentflow.schema import plain, show
 
 _VARIABLE = re.compile(r"\{\{([^{}\n]*)\}\}")
@@ -37,7 +38,7 @@ on_read: Callable[[str, str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Rich):
     """Text for a model, with what its file says about how to ask.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from agentflow.calls import UNSET as UNSET
 from agentflow.durations import Duration, seconds
 from agentflow.errors import UsageError
+from agentflow.rich import Rich
 from agentflow.words import moment as moment
 from agentflow.words import money as money
 
@@ -129,7 +130,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(Rich):
     """One step of a run, as the journal has it.
 
     Times are aware UTC datetimes, ``duration`` is in seconds, ``cost`` in dollars (None: unknown or
@@ -190,7 +191,7 @@ class Escalate:
 
 
 @dataclass(frozen=True, slots=True)
-class HumanTask:
+class HumanTask(Rich):
     """A question to a person: open, or decided (approved, rejected, answered, expired, withdrawn).
 
     Attributes: ``digest`` (of exactly the data that is shown; an answer holds for that); ``trail`` (what happened to

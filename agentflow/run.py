@@ -594,9 +594,20 @@ class Execution(Places):
 
     # -- words -------------------------------------------------------------------------------
 
+    def begins(self) -> None:
+        """This process has taken the run up, and is about to execute its body."""
+
+    def ends(self, line: str) -> bool:
+        """The outcome is committed; ``line`` says it. Gives whether people have been told."""
+        return False
+
+    def tries_again(self, call: Call, attempt: int, attempts: int, why: str, delay: float) -> None:
+        """An attempt of a step failed, and the next one comes after ``delay`` seconds."""
+        self.say(f"{call.name}: attempt {attempt} of {attempts} failed ({why}); next in {delay:.2g}s")
+
     def say(self, text: str) -> None:
         if not self.plan:
-            log.info("%s · %s", self.run_id, text)
+            self.tell("info", text)
 
     def say_once(self, text: str) -> None:
         if text not in self._said:
@@ -608,7 +619,11 @@ class Execution(Places):
             self._said.add(text)
             self.warnings.append(text)
             if not self.plan:
-                log.warning("%s · %s", self.run_id, text)
+                self.tell("warning", text)
+
+    def tell(self, level: str, text: str) -> None:
+        """Say something of this run; ``level`` is info or warning."""
+        (log.warning if level == "warning" else log.info)("%s · %s", self.run_id, text)
 
     def missed(self, call: Call) -> None:
         """Remember what was asked for while a record of that name lay unused: the end says so."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from agentflow import rundocs
 from agentflow.durations import Duration
 from agentflow.handles import Run
+from agentflow.rich import Listed
 from agentflow.scratch import open_journal
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def list(*, status: str | None = None, workflow: str | None = None, limit: int |
         limit: at most so many. None: all.
     """
     journal = open_journal()
-    return [Run(journal, d) for d in rundocs.listed(journal, status=status, workflow=workflow, limit=limit)]
+    return Listed(Run(journal, d) for d in rundocs.listed(journal, status=status, workflow=workflow, limit=limit))
 
 
 def cancel(run_id: str, *, compensate: bool = False) -> Run:

@@ -418,14 +418,14 @@ def fit(value: Any, kind: Any) -> Any:
 
 def sketch(form: Mapping[str, Any]) -> str:
     """What an answer looks like: ``{"amount": ..., "reason": ...}``."""
-    form = _referred(form, form)
+    form = referred(form, form)
     if "properties" in form:
         names = form.get("required") or list(form["properties"])
         return "{" + ", ".join(f"{json.dumps(name, ensure_ascii=False)}: ..." for name in names) + "}"
     return {"object": "{...}", "array": "[...]", "string": '"..."'}.get(str(form.get("type")), "...")
 
 
-def _referred(form: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+def referred(form: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
     """A reference with what it refers to."""
     seen = 0
     while "$ref" in form and (seen := seen + 1) < 100:
@@ -457,7 +457,7 @@ def misfit(
     "answer.age='old' has to be a whole number"
     """
     root = form if root is None else root
-    form = _referred(form, root)
+    form = referred(form, root)
     if choices := form.get("anyOf") or form.get("oneOf"):
         found = [misfit(value, choice, path, root) for choice in choices]
         if None not in found:

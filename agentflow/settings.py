@@ -16,8 +16,8 @@ class Settings:
     """The values ``configure`` has set; None means the default."""
 
     __slots__ = (
-        "ask", "authorize", "budget", "clock", "looking", "model", "notify", "path", "trace_content", "trace_replayed",
-        "tracing",
+        "ask", "authorize", "budget", "clock", "looking", "model", "notify", "path", "progress", "trace_content",
+        "trace_replayed", "tracing",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -26,6 +26,7 @@ class Settings:
         self.notify: Callable[[Any], object] | None = None
         self.authorize: Callable[[Any, str | None], bool] | None = None
         self.ask = True
+        self.progress = True
         self.clock: Callable[[], float] | None = None
         self.budget: Any = None  # a budgets.Period
         self.tracing: bool | None = None
@@ -71,6 +72,7 @@ def configure(
     tracing: bool | None = _UNSET,
     trace_content: bool | None = _UNSET,
     trace_replayed: bool | None = _UNSET,
+    progress: bool | None = _UNSET,
 ) -> None:
     """Set defaults for this process. What is not named stays as it is; None restores the default.
 
@@ -96,6 +98,9 @@ def configure(
             messages of errors, all redacted. None: as ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`` says,
             which is no unless it is set to ``SPAN_ONLY``, ``SPAN_AND_EVENT`` or ``true``.
         trace_replayed: True makes a span for each replayed step too; else they are only counted.
+        progress: False shows no card of a run while it executes in a cell of a notebook, and says on stderr what
+            other programs say there. Else what stands on the card is not said on stderr as well.
+            ``AGENTFLOW_PROGRESS=0`` says the same as False. Outside a kernel it has no meaning.
 
     Raises:
         UsageError: a value of the wrong kind; ``tracing=True`` without the package ``opentelemetry-api``.
@@ -134,6 +139,8 @@ def configure(
         log.quiet = bool(quiet)
     if ask is not _UNSET:
         settings.ask = ask is None or bool(ask)
+    if progress is not _UNSET:
+        settings.progress = progress is None or bool(progress)
     for name, wanted in (("tracing", tracing), ("trace_content", trace_content), ("trace_replayed", trace_replayed)):
         if wanted is not _UNSET:
             if wanted is not None and not isinstance(wanted, bool):

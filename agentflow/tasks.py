@@ -12,6 +12,7 @@ from agentflow.durations import words
 from agentflow.errors import TaskClosed, TaskNotFound, UsageError
 from agentflow.journal import Journal
 from agentflow.records import UNSET, HumanTask, moment
+from agentflow.rich import Listed
 from agentflow.scratch import open_journal
 from agentflow.settings import now, settings
 
@@ -36,7 +37,7 @@ def list(
     if status is not None and status not in STATUSES:
         raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
     journal, moment_ = open_journal(), now()
-    found = []
+    found: builtins.list[HumanTask] = Listed()
     if status == "open":
         documents = (journal.get(f"h/{ident}") for _, ident in journal.scan("xt/open/"))
     else:

@@ -18,8 +18,7 @@ from typing import Any
 
 import orjson
 
-from agentflow import schema as schema_
-from agentflow import tasks
+from agentflow import answers, tasks
 from agentflow.errors import AgentflowError, UsageError
 from agentflow.records import UNSET, HumanTask
 from agentflow.redact import redact
@@ -28,7 +27,6 @@ from agentflow.shown import clean, shown
 
 _WIDTH = 80
 _LINES = 200  # of data; the rest is looked at with `agentflow tasks show`
-_YES, _NO = ("y", "yes"), ("n", "no")
 
 
 class _Later(Exception):
@@ -117,16 +115,16 @@ class Prompter:
         while True:
             data: Any = UNSET
             approved = self._decision(task)
-            if approved and (task.schema is not None or task.type in ("input", "in_doubt")):
+            if approved and answers.asks_for_data(task):
                 data = self._data(task)
             comment = self._line(task, "Comment (Enter: none) > ").strip() or None
             try:
                 if not approved:
-                    done = tasks.reject(task.id, by=_name(), comment=comment)
+                    done = tasks.reject(task.id, by=answers.user(), comment=comment)
                 elif data is UNSET:
-                    done = tasks.approve(task.id, by=_name(), comment=comment)
+                    done = tasks.approve(task.id, by=answers.user(), comment=comment)
                 else:
-                    done = tasks.answer(task.id, data, by=_name(), comment=comment)
+                    done = tasks.answer(task.id, data, by=answers.user(), comment=comment)
             except UsageError as error:
                 self._say(f"{redact(str(error))}\n")
                 continue
@@ -140,19 +138,19 @@ class Prompter:
             word = self._line(task, f"{what}? [y]es, [n]o, Enter: later > ").strip().lower()
             if not word:
                 raise _Later
-            if word in _YES + _NO:
-                return word in _YES
+            if word in answers.YES + answers.NO:
+                return word in answers.YES
             self._say("Please answer y or n, or press Enter to leave it open.\n")
 
     def _data(self, task: HumanTask) -> Any:
         form = task.schema
         if form is None:
             text = self._line(task, "The answer (JSON, or else text; Enter: none) > ")
-            return UNSET if not text.strip() else _json(text, text)
+            return UNSET if not text.strip() else answers.parsed(text, text)
         fields = form.get("properties")
         if not fields:
             return self._value(task, "The answer", form, required=True)
-        before = _filled(task, form)
+        before = answers.filled(task, form)
         found = {}
         for name, field in fields.items():
             required = name in form.get("required", ()) and name not in before
@@ -166,7 +164,7 @@ class Prompter:
         self, task: HumanTask, name: str, form: dict[str, Any], *, required: bool, default: Any = UNSET
     ) -> Any:
         """What somebody types for one field, read as the form has it; UNSET for one that is left as it is."""
-        kind = _kind(form)
+        kind = answers.kind(form)
         hint = f" [{_scalar(default)}]" if default is not UNSET else "" if required else " (Enter: none)"
         while True:
             text = self._line(task, f"  {clean(name)}{f' ({kind})' if kind else ''}{hint} > ").strip()
@@ -175,12 +173,9 @@ class Prompter:
             if not text:
                 self._say(f"{clean(name)} needs an answer.\n")
                 continue
-            wrong = None
-            for value in (text, _json(text, UNSET), text.lower() in _YES if text.lower() in _YES + _NO else UNSET):
-                if value is not UNSET:
-                    wrong = schema_.misfit(value, form, name, task.schema)
-                    if wrong is None:
-                        return value
+            value, wrong = answers.read(text, form, name, task.schema)
+            if wrong is None:
+                return value
             self._say(f"{redact(str(wrong))}.\n")
 
     # -- the terminal ------------------------------------------------------------------------
@@ -262,15 +257,6 @@ def _foreground() -> bool:
         return True
 
 
-def _name() -> str | None:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a user without a name
-        return None
-
-
 def _gone(ident: str) -> str:
     """What has become of a task that somebody was just being asked."""
     task = tasks.get(ident)
@@ -328,31 +314,3 @@ def _wrapped(text: str, indent: str) -> Iterator[str]:
         yield from textwrap.wrap(
             line, width, initial_indent=indent, subsequent_indent=indent, replace_whitespace=False
         ) or [""]
-
-
-def _kind(form: dict[str, Any]) -> str:
-    """What may be typed for a field, in a word or two."""
-    if "enum" in form:
-        return " | ".join(map(str, form["enum"]))
-    if choices := form.get("anyOf") or form.get("oneOf"):
-        return " or ".join(dict.fromkeys(kind for kind in map(_kind, choices) if kind and kind != "null"))
-    words = {"string": "text", "integer": "whole number", "boolean": "yes or no", "array": "JSON", "object": "JSON"}
-    named = str(form.get("type", "JSON"))
-    return words.get(named, named)
-
-
-def _filled(task: HumanTask, form: dict[str, Any]) -> dict[str, Any]:
-    """The data shown, where it is the form filled in already: what is typed changes it."""
-    try:
-        before = schema_.plain(task.data)
-    except UsageError:  # no plain form
-        return {}
-    fits = isinstance(before, dict) and set(before) <= set(form["properties"])
-    return before if fits and schema_.misfit(before, form) is None else {}
-
-
-def _json(text: str, default: Any) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return default

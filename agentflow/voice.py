@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import logging
 
+SHOWN = "agentflow_shown"  # true in the ``extra`` of what stands on a card in a notebook: it is not printed as well
+
 
 class _Log:
     """What ``logging.getLogger("agentflow")`` has of methods that are used here.
@@ -52,7 +54,7 @@ class _Log:
     def _emit(self, record: logging.LogRecord) -> None:
         import logging
 
-        if not logging.getLogger().handlers:
+        if not logging.getLogger().handlers and not getattr(record, SHOWN, False):
             self._print(record.getMessage())
 
     def _print(self, text: str) -> None:
@@ -65,7 +67,7 @@ class _Log:
     def _say(self, level: str, text: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if "logging" in sys.modules:
             getattr(self.logger(), level)(text, *args, stacklevel=3, **options)
-        elif level != "debug":
+        elif level != "debug" and not options.get("extra", {}).get(SHOWN):
             self._print(text % args if args else text)
 
     def debug(self, text: str, *args: Any, **options: Any) -> None:

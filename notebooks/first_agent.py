@@ -73,7 +73,7 @@ print(len(scripted.calls), "calls so far")
 # ## A chain of questions
 #
 # Each answer goes into the next question. A `@workflow` holds them together: it has a name, its runs can be looked at
-# later, and the line at its end says what it did.
+# later, and while it runs a card shows what it does.
 
 # %%
 letter = "Hello, my parcel (order 1042) came two weeks late. I want my money back! And what happened? Ada"
@@ -93,8 +93,8 @@ print(len(scripted.calls), "calls so far")
 
 
 # %% [markdown]
-# *Look at* the line that begins with `answer-letter-`: 3 steps, and what they cost. **Run the cell again**: 3 steps,
-# all of them *replayed*. The same letter is the same run, and it knows its answers.
+# *Look at* the card: 3 steps, when they ran, and what they cost. **Run the cell again**: 3 steps, all of them
+# *replayed*. The same letter is the same run, and it knows its answers.
 #
 # ## Another prompt
 #
@@ -110,7 +110,7 @@ async def answer_letter(ctx, letter: str) -> dict[str, str]:
     return {"subject": subject, "text": answer}
 
 
-print(await answer_letter.plan(letter))
+await answer_letter.plan(letter)
 
 # %%
 mail = await answer_letter.run(letter)
@@ -142,16 +142,17 @@ except Waiting as waiting:
     print(waiting)
 
 # %% [markdown]
-# *Look at* the id `t-...`: that is the task. Here it is with the data that you would approve, and only that: another
-# mail would be another task.
+# *Look at* the card: it shows what you would approve, and what to type. With ipywidgets installed there are buttons,
+# too. The id `t-...` is the task's; here it is again with its data. You approve that and nothing else: another mail
+# would be another task.
 
 # %%
 for task in tasks.list():
     print(task.id, task.title, task.data)
 
 # %% [markdown]
-# Give your approval (or `tasks.reject(task.id, by="you", comment="too short")`). In a terminal,
-# `agentflow tasks approve t-...` does the same.
+# Give your approval (or `tasks.reject(task.id, by="you", comment="too short")`), unless you have pressed the button. In
+# a terminal, `agentflow tasks approve t-...` does the same.
 
 # %%
 for task in tasks.list():
@@ -193,5 +194,6 @@ print(run.export(recording, recording=True), "holds what", run.id, "was told")
 #
 # ## Now break it
 #
-# Choose *Restart kernel and run all cells*. *Look at* the counts: 0 calls. Every line says *replayed*, the approval
-# still holds, and no mail is sent again. To begin from nothing, delete the folder `.agentflow/`.
+# Choose *Restart kernel and run all cells*. *Look at* the counts: 0 calls. Every card says *replayed*, the approval
+# still holds, and no mail is sent again. What a cell ends with is shown as a card: try `run`, `run.steps`,
+# `answer_letter.runs()` or `tasks.list(status=None)`. To begin from nothing, delete the folder `.agentflow/`.

@@ -27,6 +27,7 @@ _ENVIRONMENT = (
     "AGENTFLOW_MODEL",
     "AGENTFLOW_LEASE_SECONDS",
     "AGENTFLOW_PAID_RETRY_SECONDS",
+    "AGENTFLOW_PROGRESS",
     "AGENTFLOW_POLL_SECONDS",
     "OPENAI_API_KEY",
     "OPENAI_BASE_URL",
@@ -50,7 +51,7 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         if process.poll() is None:
             process.kill()
             process.communicate()
-    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False, ask=None, tracing=None, trace_content=None, trace_replayed=None)
+    agentflow.configure(path=None, model=None, notify=None, authorize=None, redact=None, budget=None, limits=None, quiet=False, ask=None, progress=None, tracing=None, trace_content=None, trace_replayed=None)
     settings.clock = None
     ledger._PRICES.clear()
     ledger._PRICES.update(prices)

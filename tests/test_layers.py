@@ -19,23 +19,24 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
+    {"rich"},
     {"batchserver", "cancelled", "digests", "errors", "models", "plain", "words", "workers"},
     {"redact"},
     {"voice"},
     {"observing", "calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
     {"bytecode", "clocks", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
-    {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
+    {"answers", "codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
     {"background", "children", "codec", "costs", "places", "providers", "reuse", "rundocs", "waits"},
     {"costlines", "tools"},
     {"budgets", "generate"},
     {"scripted", "settings", "shown", "supplied"},
-    {"sending"},
+    {"cardparts", "kernels", "sending"},
     {"otel", "plans"},
     {"observers"},
     {"clock", "run"},
-    {"engine"},
+    {"engine", "watched"},
     {"drive"},
     {"portal"},
     {"batches", "blocking", "fanout", "human", "scratch", "values"},
@@ -44,7 +45,9 @@ LAYERS = [
     {"agent", "moments", "otherform"},
     {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
-    {"childcalls"},
+    {"childcalls", "runcards"},
+    {"cards", "forms"},
+    {"notebook"},
     {"opening"},
     {"closing"},
     {"flow", "runs"},
@@ -72,6 +75,7 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "opentelemetry": {"otel"},
+    "ipywidgets": {"forms"},
 }
 
 

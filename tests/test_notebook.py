@@ -149,27 +149,27 @@ def test_it_runs_from_beginning_to_end_and_says_in_each_cell_what_happened(noteb
     shown = notebook.run_all()
     assert sorted(notebook.asked) == ALL
     assert shown[ASK].printed == "Nothing is lost.\n1 calls so far\n"
-    assert "4 calls so far" in shown[CHAIN].printed and "3 steps: 0 replayed, 3 run" in shown[CHAIN].said
-    plan = shown[EDITED].printed
+    assert "4 calls so far" in shown[CHAIN].printed and "3 steps: 0 replayed, 3 run" in shown[CHAIN].shown
+    plan = shown[EDITED].shown
     assert "-" in plan and "polite" in plan and "friendly" in plan and "wishes" in plan
-    assert "6 calls so far" in shown[RUN_EDITED].printed and "3 steps: 1 replayed, 2 run" in shown[RUN_EDITED].said
-    assert "  -Write a polite answer.\n  +Write an answer in one friendly sentence." in shown[RUN_EDITED].said
+    assert "6 calls so far" in shown[RUN_EDITED].printed and "3 steps: 1 replayed, 2 run" in shown[RUN_EDITED].shown
+    assert "  -Write a polite answer.\n  +Write an answer in one friendly sentence." in shown[RUN_EDITED].shown
     assert "Send this mail?" in shown[WAIT].printed and "agentflow tasks approve t-" in shown[WAIT].printed
     assert "Your order 1042" in shown[LOOK].printed and "sorry about that storm" in shown[LOOK].printed
-    assert shown[GO_ON].printed == "sent: Your order 1042\n" and "completed" in shown[GO_ON].said
+    assert shown[GO_ON].printed == "sent: Your order 1042\n" and "completed" in shown[GO_ON].shown
     assert "recordings/first_agent.json holds what answer-letter-" in shown[EXPORT].printed
 
     again = notebook.run(*range(ASK, len(CELLS)))  # in the same kernel
     assert sorted(notebook.asked) == ALL
-    assert "3 steps: 3 replayed, 0 run" in again[CHAIN - ASK].said
+    assert "3 steps: 3 replayed, 0 run" in again[CHAIN - ASK].shown
     assert again[WAIT - ASK].printed == again[GO_ON - ASK].printed == "sent: Your order 1042\n"
 
     notebook.kill()
     fresh = notebook.run_all()
     assert sorted(notebook.asked) == ALL, "nothing is asked again after a restart"
     assert fresh[ASK].printed == "Nothing is lost.\n0 calls so far\n"
-    assert "3 steps: 3 replayed, 0 run" in fresh[CHAIN].said and "3 steps: 3 replayed, 0 run" in fresh[RUN_EDITED].said
-    assert "completed before" in fresh[GO_ON].said and fresh[LOOK].printed == ""
+    assert "3 steps: 3 replayed, 0 run" in fresh[CHAIN].shown and "3 steps: 3 replayed, 0 run" in fresh[RUN_EDITED].shown
+    assert "completed before" in fresh[GO_ON].shown and fresh[LOOK].printed == ""
 
 
 def test_a_kernel_killed_after_any_cell_costs_nothing(notebook: Notebook) -> None:
@@ -199,7 +199,7 @@ def test_a_kernel_killed_during_a_call_asks_that_one_again_and_no_other(notebook
     assert sorted(notebook.asked) == sorted([*ALL, question])
     assert shown[GO_ON].printed == "sent: Your order 1042\n"
     if number == CHAIN:
-        assert "answer: in doubt" in shown[CHAIN].said and "1 replayed, 2 run" in shown[CHAIN].said
+        assert "answer: in doubt" in shown[CHAIN].shown and "1 replayed, 2 run" in shown[CHAIN].shown
 
 
 def test_cells_in_another_order_and_many_times_ask_nothing_more(notebook: Notebook) -> None:
@@ -215,7 +215,7 @@ def test_a_prompt_edited_in_its_cell_asks_it_and_what_follows_from_it(notebook: 
     notebook.cells[SCRIPT] = CELLS[SCRIPT].replace('"one friendly', '"signed Bob": "Dear Ada, done! Bob",\n        "one friendly')
     shown = notebook.run(SCRIPT, EDITED, RUN_EDITED, WAIT)
     assert notebook.asked[before:] == ["Write an answer in one friendly sentence, signed Bob.", SUBJECT]
-    assert "1 replayed, 2 run" in shown[2].said and "waits for task" in shown[3].printed, "another mail asks you again"
+    assert "1 replayed, 2 run" in shown[2].shown and "waits for task" in shown[3].printed, "another mail asks you again"
     notebook.kill()
     notebook.run(*range(GO_ON), GO_ON, EXPORT)
     assert len(notebook.asked) == before + 2
@@ -234,7 +234,7 @@ def test_the_recording_that_it_exports_is_played_by_a_test_as_the_notebook_says(
     outside.mkdir()
     project = Project(outside)
     letters = "from agentflow import configure, generate_content, workflow\nconfigure(model='openai:scripted')\n"
-    project.write("letters.py", letters + CELLS[EDITED].partition("\n\n\nprint(")[0] + "\n")
+    project.write("letters.py", letters + CELLS[EDITED].partition("\n\n\nawait ")[0] + "\n")
     letter: Any = next(line for line in CELLS[CHAIN].splitlines() if line.startswith("letter = "))
     said = "".join(json.loads(PAIR[0].read_text())["cells"][-1]["source"])
     test = said.split("```python\n")[1].split("```")[0].replace('"Hello, my parcel ..."', letter.removeprefix("letter = "))

@@ -16,6 +16,7 @@ from uuid import UUID
 
 from agentflow.codec.common import TAG, Where, b64, tagged
 from agentflow.codec.tree import read, refuse, write, write_items, write_pairs, write_set
+from agentflow.rich import Listed
 
 BUILTINS: dict[str, type] = {
     cls.__name__: cls
@@ -82,6 +83,7 @@ def write_zone(zone: tzinfo | None, at: Where) -> Any:
 
 
 WRITERS: dict[type, Callable[[Any, Where, int], Any]] = {
+    Listed: write_items,
     tuple: _write_sequence,
     set: lambda v, at, depth: tagged("set", write_set(v, at, depth)),
     frozenset: lambda v, at, depth: tagged("frozenset", write_set(v, at, depth)),
