@@ -39,7 +39,7 @@ LAYERS = [
     {"portal"},
     {"batches", "blocking", "fanout", "human", "scratch", "values"},
     {"control", "events", "leftover"},
-    {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
+    {"context", "humantask", "purge", "redo", "rundiff", "shapes", "steps", "tasks"},
     {"agent", "moments", "otherform"},
     {"aicall", "export", "replies", "terminal", "upkeep"},
     {"embeddings", "handles"},
