@@ -61,6 +61,7 @@ export function waterfall() {
       list.push(step);
     }
     const fits = wanted();
+    const at = rows[active]?.step.id ?? selected;
     rows = [];
     // A stack of our own: steps may be nested deeper than functions may call themselves.
     const stack = top.toReversed().map((step) => ({ step, depth: 0 }));
@@ -87,7 +88,7 @@ export function waterfall() {
     const shown = rows.length;
     const all = run.steps_total - (values.checked ? 0 : hidden);
     count.textContent = shown === all ? `${number(all)} ${all === 1 ? "step" : "steps"}` : `${number(shown)} of ${number(all)} steps shown`;
-    active = rows.findIndex((row) => row.step.id === selected);
+    active = rows.findIndex((row) => row.step.id === at);
     paged();
     render();
   }
@@ -255,9 +256,8 @@ export function waterfall() {
     const { step, open } = rows[at];
     if (open) closed.add(step.id);
     else closed.delete(step.id);
-    build();
     active = at;
-    draw();
+    build();
   }
 
   function key(event) {
