@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydantic import BaseModel, Field
 
 import agentflow
-from agentflow import Retry, Waiting, generate_content, human_task, ledger, runs, step, tasks, workflow
+from agentflow import Retry, generate_content, human_task, ledger, runs, step, tasks, workflow
 from agentflow.testing import FakeModel
 from tests.programs import start_program, write_program
 from tests.ui_server import Served, serve, until

@@ -28,7 +28,7 @@ WAITS = ("human", "event", "sleep")
 _WRITTEN = ("name", "error", "idempotency_key", "model", "parent", "reused_from")
 ENDED = ("completed", "failed", "cancelled")
 MOST_STEPS = 10_000
-_KEPT_RUNS = 4
+_KEPT_RUNS, _KEPT_STEPS = 4, 150_000  # at most so many of both, but for the run that is looked at
 
 
 class _Kept:
@@ -57,7 +57,7 @@ def _kept_of(journal: Journal, document: Document) -> _Kept:
         if kept is None or kept.created_at != document["created_at"]:  # purged, and begun anew under its id
             kept = _kept[key] = _Kept(document["created_at"])
         _kept.move_to_end(key)
-        while len(_kept) > _KEPT_RUNS:
+        while len(_kept) > _KEPT_RUNS or (len(_kept) > 1 and sum(len(k.steps) for k in _kept.values()) > _KEPT_STEPS):
             _kept.popitem(last=False)
     return kept
 

@@ -49,7 +49,8 @@ async function guarded(work) {
     if (error.status === 0) return offline();
     if (error.status === 403) return ended();
     put(main, h("div", { class: "empty", role: "alert" }, h("p", null, error.message), h("a", { href: "#/runs" }, "All runs")));
-    name = null;
+    view?.leave?.();
+    name = view = null;
   }
 }
 
@@ -101,18 +102,21 @@ async function look(what) {
   wanted = wanted === "change" ? wanted : what;
   if (busy) return;
   busy = true;
-  while (wanted !== null && !document.hidden) {
-    const what = wanted;
-    wanted = null;
-    const began = performance.now();
-    await guarded(async () => {
-      if (what === "change") await about();
-      await view?.refresh?.(what);
-    });
-    const took = performance.now() - began;
-    await new Promise((done) => setTimeout(done, Math.max(LEAST, 3 * took)));
+  try {
+    while (wanted !== null && !document.hidden) {
+      const what = wanted;
+      wanted = null;
+      const began = performance.now();
+      await guarded(async () => {
+        if (what === "change") await about();
+        await view?.refresh?.(what);
+      });
+      const took = performance.now() - began;
+      await new Promise((done) => setTimeout(done, Math.max(LEAST, 3 * took)));
+    }
+  } finally {
+    busy = false;
   }
-  busy = false;
 }
 
 // A browser has few connections to one server: tabs that nobody looks at give theirs back.

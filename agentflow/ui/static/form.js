@@ -29,6 +29,7 @@ export function makeForm(schema, value) {
     if (made.input) {
       made.input.id = `i${ids}`;
       made.input.setAttribute("aria-describedby", [error.id, help?.id].filter(Boolean).join(" "));
+      if (!label) made.input.setAttribute("aria-label", path.replace(/^answer\.?/, "") || "Answer");
       if (needed) made.input.setAttribute("aria-required", "true");
     }
     const mark = !needed && label && h("span", { class: "muted" }, " optional");
@@ -98,7 +99,7 @@ export function makeForm(schema, value) {
     // Removed ones take their places along, so the others are made anew with what was typed.
     const drop = (at) => fill(values().filter((_, index) => index !== at));
     const values = () => items.map((item) => { try { return item.read(); } catch { return undefined; } });
-    const make = (value, at) => editor(shape.items, `${path}[${at}]`, value, true, `${at + 1}`);
+    const make = (value, at) => editor(shape.items, `${path}[${at}]`, value, true, "");
     function fill(list) {
       for (const key of [...fields.keys()]) if (key.startsWith(`${path}[`)) fields.delete(key);
       items = list.map(make);

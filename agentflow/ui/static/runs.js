@@ -10,12 +10,13 @@ import { waterfall } from "./waterfall.js";
 const PAGE = 50;
 const MOST = 400; // list items on the page
 const STATUSES = ["running", "waiting", "completed", "failed", "interrupted", "cancelled"];
-const LIVE = ["running", "waiting", "interrupted"];
+const LIVE = ["running"]; // its process may die without a word; all else is told by a commit
 
 export function runsView() {
   const list = runList();
   const middle = h("section", { class: "run", "aria-label": "Run" });
-  const right = h("aside", { class: "step", "aria-label": "Step", hidden: true });
+  const close = (event) => { if (event.key === "Escape") location.hash = href("runs", runId); };
+  const right = h("aside", { class: "step", "aria-label": "Step", hidden: true, on: { keydown: close } });
   const node = h("div", { class: "runs" }, list.node, middle, right);
   let runId = null;
   let stepId = null;
