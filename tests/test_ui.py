@@ -345,6 +345,10 @@ def test_a_step_between_two_attempts_is_retrying_with_its_failed_ones(ui):
     process.kill()
     process.communicate(timeout=60)
     assert until(lambda: ui.run(run_id)["status"] == "interrupted")
+    # The next attempt, by another process, did not begin when the pause would have been over.
+    run_program(ui.folder / "retrying.py", ui.folder, expect_failure=True)
+    first, second = ui.steps(run_id)["try"]["tries"]
+    assert second["status"] == "failed" and first["ended_at"] < second["started_at"] <= second["ended_at"]
 
 
 def test_reads_do_not_wait_for_whoever_writes(ui):

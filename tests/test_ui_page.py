@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 import agentflow
 from agentflow import Retry, generate_content, human_task, ledger, runs, step, tasks, workflow
 from agentflow.testing import FakeModel
-from tests.programs import start_program, write_program
+from tests.programs import run_program, start_program, write_program
 from tests.ui_server import Served, serve, until
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -120,6 +120,11 @@ def agentflow_thread(work: Any) -> None:
 
 def open_tasks(run_id: str) -> list[str]:
     return [task.id for task in tasks.list(run_id=run_id)]
+
+
+def visit(page: Page, ui: Served, place: str) -> None:
+    """Goes to a place of a page that is open already, without loading it again."""
+    page.goto(f"http://127.0.0.1:{ui.port}/#/{place}")
 
 
 def row(page: Page, name: str) -> Any:
@@ -503,18 +508,49 @@ def test_what_is_being_typed_stays_while_the_journal_changes_and_a_filled_in_for
     assert runs.get(run_id).result() == Line(what="green tea", price=2)
 
 
-def test_an_answer_in_words_and_the_result_of_a_step_in_doubt_can_be_given(page, ui):
-    @workflow("page-words")
-    async def words(ctx) -> Any:
-        return (await human_task("input", title="How was it?")).data
+@workflow("page-words")
+async def words(ctx, n: int) -> Any:
+    return (await human_task("input", title="How was it?")).data
 
-    run_id = ran(words)
-    page.goto(f"{ui.url}#/tasks/{open_tasks(run_id)[0]}")
-    page.get_by_label("Answer", exact=True).last.fill('so "so"')
-    page.get_by_role("button", name="Answer").click()
+
+def test_an_answer_is_given_in_words_or_as_json(page, ui):
+    for n, (typed, as_json, got) in enumerate([('so "so"', False, 'so "so"'), ("[1, 2]", True, [1, 2])]):
+        run_id = ran(words, n)
+        page.goto(f"{ui.url}#/tasks/{open_tasks(run_id)[0]}")
+        field = page.get_by_label("Answer", exact=True).locator("visible=true")
+        if as_json:
+            page.get_by_label("it is JSON").check()
+            field.fill("[1,")
+            page.get_by_role("button", name="Answer").click()
+            expect(page.locator("#answer-error")).to_contain_text("This is not JSON")
+        field.fill(typed)
+        page.get_by_role("button", name="Answer").click()
+        expect(page.locator(".pane h1")).to_contain_text("answered")
+        assert ran(words, n) == run_id and runs.get(run_id).output == got
+
+
+def test_the_result_of_a_step_in_doubt_is_given_by_a_person(page, ui):
+    source = """
+    @workflow("page-doubt")
+    async def doubt(ctx):
+        return await step("pay", die, in_doubt="ask")
+
+    try:
+        print(doubt.run_sync())
+    except Waiting:
+        print("waits")
+    """
+    file = write_program(source, ui.folder, "doubt.py")
+    run_program(file, ui.folder, expect_kill=True)
+    assert run_program(file, ui.folder).out == "waits\n"
+    run_id = runs.list(workflow="page-doubt")[0].id
+    page.goto(f"{ui.url}#/runs/{run_id}")
+    page.locator(".waits a").click()
+    expect(page.locator(".pane h1")).to_contain_text("Did pay happen?")
+    page.get_by_label("Data as JSON").fill('{"paid": 3}')
+    page.get_by_role("button", name="Approve").click()
     expect(page.locator(".pane h1")).to_contain_text("answered")
-    ran(words)
-    assert runs.get(run_id).output == 'so "so"'
+    assert run_program(file, ui.folder).out == "{'paid': 3}\n"
 
 
 # -- nothing that is shown is run ------------------------------------------------------------------
@@ -548,7 +584,7 @@ def test_markup_in_everything_that_is_shown_stays_text(page, ui):
         page.eval_on_selector_all(".step details", "all => all.forEach((each) => { each.open = true; })")
         expect(page.locator(".step .panel")).to_contain_text(said)
     (first,) = open_tasks(run_id)
-    page.goto(f"{ui.url}#/tasks/{first}")
+    visit(page, ui, f"tasks/{first}")
     expect(page.locator(".shown")).to_contain_text(NASTY)
     expect(page.locator(".pane .facts")).to_contain_text(NASTY)
     page.get_by_label("By your name").fill(NASTY)
@@ -557,11 +593,11 @@ def test_markup_in_everything_that_is_shown_stays_text(page, ui):
     expect(page.locator(".pane .note")).to_contain_text(NASTY)
     ran(nasty, NASTY)
     (second,) = open_tasks(run_id)
-    page.goto(f"{ui.url}#/tasks/{second}")
+    visit(page, ui, f"tasks/{second}")
     expect(page.locator(".shown pre")).to_have_text(NASTY)
-    page.goto(f"{ui.url}#/costs/step")
+    visit(page, ui, "costs/step")
     expect(page.locator(".costs table")).to_contain_text(NASTY)
-    page.goto(f"{ui.url}#/runs/{NASTY}")
+    visit(page, ui, f"runs/{NASTY}")
     expect(page.locator("main [role=alert]")).to_contain_text("no run")
     assert page.locator("main img, main script").count() == 0
 
@@ -609,8 +645,10 @@ def test_text_is_legible_and_nothing_runs_out_of_the_page(browser, ui, width, sc
     page = context.new_page()
     (task,) = open_tasks(run_id)
     greet = ui.steps(run_id)["greet"]["id"]
+    page.goto(ui.url)
     for place in ("runs", f"runs/{run_id}", f"runs/{run_id}/steps/{greet}", "tasks", f"tasks/{task}", "costs"):
-        page.goto(f"{ui.url}#/{place}")
+        visit(page, ui, place)
+        page.locator({"runs": ".items a", "tasks": ".inbox", "costs": ".costs table"}[place.partition("/")[0]]).first.wait_for(state="attached")
         page.locator("main > *").wait_for()
         if place.endswith(greet):
             page.locator(".message pre").first.wait_for()

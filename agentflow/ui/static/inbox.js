@@ -191,21 +191,22 @@ function answerInput(task) {
     return { node: h("section", { "aria-label": "Answer" }, h("h2", null, "Answer"), form.node), word: "Answer", how: () => "answer", read: () => form.read(), refuse: (text) => form.refuse(text) };
   }
   if (task.type === "input") {
-    const input = h("textarea", { id: "answer", rows: 4 });
+    const input = h("textarea", { id: "answer", rows: 4, "aria-describedby": "answer-error" });
     const asJson = h("input", { type: "checkbox" });
-    const form = makeForm({}, undefined);
-    const node = h("div", { class: "field" }, h("label", { for: "answer" }, "Answer"), input, h("label", { class: "radio" }, asJson, " it is JSON"), form.node);
-    form.node.querySelector("[data-path]").hidden = true;
+    const wrong = h("span", { class: "error", id: "answer-error", role: "alert", hidden: true });
+    const refuse = (text) => { wrong.textContent = text; wrong.hidden = false; };
+    const node = h("div", { class: "field" }, h("label", { for: "answer" }, "Answer"), input, wrong, h("label", { class: "radio" }, asJson, " it is JSON"));
     const read = () => {
+      wrong.hidden = true;
       if (!asJson.checked) return input.value;
       try {
         return api.fromJson(input.value);
       } catch (error) {
-        form.refuse(`This is not JSON: ${error.message}`);
+        refuse(`This is not JSON: ${error.message}`);
         return undefined;
       }
     };
-    return { node, word: "Answer", how: () => "answer", read, refuse: (text) => form.refuse(text) };
+    return { node, word: "Answer", how: () => "answer", read, refuse };
   }
   const form = makeForm({}, undefined);
   const node = h("details", { class: "value", open: task.type === "in_doubt" }, h("summary", null, task.type === "in_doubt" ? "its result, as JSON" : "approve with data"), form.node);

@@ -164,7 +164,7 @@ export function waterfall() {
     scroller.setAttribute("aria-rowcount", rows.length);
     keep(space, rows.slice(first, last).map((row, index) => ({ ...row, at: first + index })), signature, rowOf, place);
     empty.hidden = rows.length > 0;
-    empty.textContent = run.steps_total === 0 ? "No step has started yet." : "No step fits.";
+    empty.textContent = run.steps_total === 0 ? "No step is recorded yet." : "No step fits.";
     scroller.setAttribute("aria-activedescendant", active >= first && active < last ? `row-${active}` : "");
   }
 
