@@ -260,6 +260,14 @@ LIVE = """
 """
 
 
+# Nothing is asked of the server until it is released.
+HOLD = """() => {
+  const [own, held] = [window.fetch, []];
+  window.fetch = (...given) => new Promise((done) => held.push(() => done(own(...given))));
+  window.release = () => { window.fetch = own; for (const each of held) each(); };
+}"""
+
+
 def test_what_another_process_does_appears_without_a_reload(page, ui):
     page.goto(ui.url)
     expect(page.locator("#live")).to_have_text("live")
@@ -272,8 +280,10 @@ def test_what_another_process_does_appears_without_a_reload(page, ui):
     expect(running).to_have_count(1)
     expect(row(page, "second")).to_have_count(0)
     took = lambda: row(page, "first").locator(".took").inner_text()  # noqa: E731
+    page.evaluate(HOLD)
     before = took()
-    until(lambda: took() != before)  # it grows by itself
+    until(lambda: took() != before)  # it grows by itself, whatever the server says
+    page.evaluate("window.release()")
     (ui.folder / "gate-1").touch()
     expect(row(page, "second").locator(".try.s-running")).to_have_count(1)
     expect(row(page, "first").locator(".try")).to_have_class("try s-completed")
@@ -409,6 +419,7 @@ def test_a_decision_after_another_one_is_refused_with_who_decided(page, ui):
     tasks.reject(task, by="grace")
     page.get_by_role("button", name="Approve").click()
     expect(page.locator(".decide > .error")).to_contain_text("was rejected already, by grace")
+    expect(page.locator(".decide > .error")).to_be_visible()
     assert tasks.get(task).status == "rejected"
 
 
