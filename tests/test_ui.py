@@ -163,7 +163,9 @@ def test_after_an_answer_the_step_is_waited_and_what_was_recorded_before_is_repl
     assert ui.decide("approve", id=task, by="grace").status == 200
     assert order.run_sync("Bob") == "shipped: True"
     found = ui.steps(run_id)
-    assert found["Ship?"]["task"] == task and found["Ship?"]["tries"][-1]["status"] == "waited"
+    (waited,) = found["Ship?"]["tries"]
+    assert found["Ship?"]["task"] == task and waited["status"] == "waited"
+    assert waited["started_at"] == tasks.get(task).created_at.isoformat() < found["Ship?"]["started_at"]  # since it was opened
     assert found["charge"]["replayed"] and not found["Ship?"]["replayed"] and ui.run(run_id)["executions"] == 2
 
 

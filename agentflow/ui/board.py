@@ -111,6 +111,7 @@ def steps(journal: Journal, document: Document) -> list[Step]:
                 kept.keys[known["id"]] = key
                 own = {"status": "undone"} if mark else {}
                 tries = _tries(known, failed.get((known["id"], version), []))
+                _since(journal, tasks.get(slot), tries)
                 replayed = known["epoch"] < epoch and known["reused_from"] is None
                 found.append(known | own | {"tries": tries, "replayed": replayed, "task": tasks.get(slot)})
         current = {s: n for s, n in newest.items() if f"s/{in_key(run_id)}/{s}.{n}" not in gone}
@@ -211,6 +212,14 @@ def _tries(step: Step, failed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return tries
 
 
+def _since(journal: Journal, task: str | None, tries: list[dict[str, Any]]) -> None:
+    """A person was waited for since the task was opened, however often the run was taken up in between."""
+    text = journal.get(f"h/{task}") if task is not None and tries else None
+    if text is not None:
+        opened = shown(moment(orjson.loads(text)["created_at"]))
+        tries[0]["started_at"] = min(tries[0]["started_at"], opened)
+
+
 def _before(failed: list[dict[str, Any]], began: Any) -> tuple[list[dict[str, Any]], Any]:
     """Failed attempts as they are shown, and when the one after them began at the earliest."""
     tries = []
@@ -252,12 +261,14 @@ def _in_flight(
         tries, _ = _before(tried, moment(facts["t"]))
         status = _status(document, facts, tried)
         task = id_of_task(document["id"], slot, version) if facts["k"] == "human" else None
+        task = task if task is not None and journal.get(f"h/{task}") is not None else None
         began = shown(moment(facts["t"]))
         if status != "retrying":
             tries.append(
                 {"attempt": facts["a"], "status": status, "started_at": began, "ended_at": None, "error": None}
                 | {"delay": None}
             )
+        _since(journal, task, tries)
         first = tries[0]["started_at"]
         yield dict.fromkeys(
             ("completed_at", "duration", "idempotency_key", "error", "model", "parent", "cost", "reused_from", "began")
@@ -277,7 +288,7 @@ def _in_flight(
                 "epoch": document["epoch"],
                 "replayed": False,
                 "tries": tries,
-                "task": task if task is not None and journal.get(f"h/{task}") is not None else None,
+                "task": task,
             }
         )
 

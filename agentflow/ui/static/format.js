@@ -22,7 +22,7 @@ export const moment = (iso) => h("time", { datetime: iso, title: iso }, when(iso
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "";
   const s = Math.max(0, seconds);
-  if (s > 0 && s < 0.0005) return "< 1 ms";
+  if (s < 0.0005) return "< 1 ms";
   if (s < 0.9995) return `${Math.round(s * 1000)} ms`;
   if (s < 59.995) return `${s.toFixed(s < 10 ? 2 : 1)} s`;
   const two = (number) => String(Math.floor(number)).padStart(2, "0");

@@ -240,7 +240,7 @@ function facts(run) {
 /** What a run waits for, with what answers it. */
 function waits(run) {
   if (run.status === "interrupted") {
-    return h("p", { class: "note" }, "Its process has ended. Run its program again, keep a worker running, or type ",
+    return h("p", { class: "note" }, "No process has it in hand. Run its program again, keep a worker running, or type ",
       h("code", null, `agentflow runs resume ${run.id} --module app:flow`));
   }
   const open = run.tasks.filter((task) => task.status === "open");

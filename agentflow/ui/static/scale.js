@@ -76,6 +76,7 @@ export function makeScale(steps, begin, end, now, truly, pixels) {
     at: position,
     folds: pieces.filter((piece) => piece.folded).map((piece) => ({ from: piece.from, to: piece.to, seconds: (piece.stop - piece.start) / 1000 })),
     ticks(count) {
+      if (busy === 0) return [];
       const each = nice(total / 1000 / count) * 1000;
       const found = [];
       for (const piece of pieces) {

@@ -178,7 +178,7 @@ export function waterfall() {
       : h("span", { class: "twisty" });
     const marks = [
       step.replayed && h("span", { class: "mark", title: `replayed: recorded by execution ${step.epoch}` }, "↺"),
-      step.reused_from && h("span", { class: "mark", title: `reused from ${step.reused_from}` }, "⧉"),
+      step.reused_from && h("span", { class: "mark", title: `reused from ${step.reused_from}` }, "↪"),
       step.attempts > 1 && h("span", { class: "mark tried", title: `${step.attempts} attempts` }, `×${step.attempts}`),
     ];
     return h("div", {
@@ -200,7 +200,8 @@ export function waterfall() {
     node.setAttribute("aria-selected", String(step.id === selected));
     node.classList.toggle("active", at === active);
     const growing = GROWING.has(step.status);
-    const took = growing ? between(step.started_at, null, now()) : step.duration ?? between(step.started_at, step.completed_at ?? step.started_at);
+    const first = step.kind === "human" ? step.tries[0]?.started_at : step.started_at;
+    const took = growing || step.completed_at ? between(first, step.completed_at, now()) : null;
     node.querySelector(".took").textContent = step.reused_from ? "" : duration(took);
     const track = node.querySelector(".track");
     if (step.reused_from) {
