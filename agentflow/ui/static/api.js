@@ -28,7 +28,9 @@ async function request(url, options) {
 }
 
 const address = (path, query) => {
-  const known = Object.entries(query ?? {}).filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const known = Object.entries(query ?? {}).filter(
+    ([, value]) => value !== null && value !== undefined && value !== "",
+  );
   return `/api/${path}?${new URLSearchParams(known)}`;
 };
 

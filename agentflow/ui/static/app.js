@@ -48,7 +48,10 @@ async function guarded(work) {
     if (!(error instanceof api.Refused)) throw error;
     if (error.status === 0) return offline();
     if (error.status === 403) return ended();
-    put(main, h("div", { class: "empty", role: "alert" }, h("p", null, error.message), h("a", { href: "#/runs" }, "All runs")));
+    put(
+      main,
+      h("div", { class: "empty", role: "alert" }, h("p", null, error.message), h("a", { href: "#/runs" }, "All runs")),
+    );
     view?.leave?.();
     name = view = null;
   }
@@ -75,8 +78,12 @@ function ended() {
   say("off", "ended");
   put(
     main,
-    h("div", { class: "empty", role: "alert" }, h("p", null, "The server was started anew, and its address has changed."),
-      h("p", null, "Open the address that ", h("code", null, "agentflow ui"), " printed.")),
+    h(
+      "div",
+      { class: "empty", role: "alert" },
+      h("p", null, "The server was started anew, and its address has changed."),
+      h("p", null, "Open the address that ", h("code", null, "agentflow ui"), " printed."),
+    ),
   );
 }
 

@@ -18,7 +18,9 @@ export function makeForm(schema, value) {
 
   function editor(schema, path, value, required, label) {
     const shape = simple(schema, root);
-    const made = (shape.nullable && value === null ? kinds(shape, path, undefined) : kinds(shape, path, value)) ?? json(shape, path, value);
+    const made =
+      (shape.nullable && value === null ? kinds(shape, path, undefined) : kinds(shape, path, value)) ??
+      json(shape, path, value);
     return field(made, shape, path, required && !shape.nullable, label, required);
   }
 
@@ -33,10 +35,24 @@ export function makeForm(schema, value) {
       if (needed) made.input.setAttribute("aria-required", "true");
     }
     const mark = !needed && label && h("span", { class: "muted" }, " optional");
-    const title = label && (made.input ? h("label", { for: made.input.id }, label, mark) : h("span", { class: "label" }, label, mark));
+    const title =
+      label &&
+      (made.input ? h("label", { for: made.input.id }, label, mark) : h("span", { class: "label" }, label, mark));
     const node = made.group
       ? h("fieldset", { "data-path": path }, label && h("legend", null, label, mark), help, error, made.node)
-      : h("div", { class: "field", "data-path": path, role: made.input ? null : "group", "aria-label": made.input ? null : label || "answer" }, title, help, made.node, error);
+      : h(
+          "div",
+          {
+            class: "field",
+            "data-path": path,
+            role: made.input ? null : "group",
+            "aria-label": made.input ? null : label || "answer",
+          },
+          title,
+          help,
+          made.node,
+          error,
+        );
     const own = {
       node,
       read() {
@@ -79,7 +95,11 @@ export function makeForm(schema, value) {
     ]);
     return {
       group: true,
-      node: h("div", { class: "group" }, inner.map(([, each]) => each.node)),
+      node: h(
+        "div",
+        { class: "group" },
+        inner.map(([, each]) => each.node),
+      ),
       read() {
         const made = {};
         for (const [name, each] of inner) {
@@ -94,11 +114,32 @@ export function makeForm(schema, value) {
   function list(shape, path, value) {
     let items = [];
     const rows = h("ol", { class: "list-items" });
-    const render = () => put(rows, items.map((item, at) => h("li", null, item.node,
-      h("button", { type: "button", class: "plain", "aria-label": `Remove item ${at + 1}`, on: { click: () => drop(at) } }, "Remove"))));
+    const render = () =>
+      put(
+        rows,
+        items.map((item, at) =>
+          h(
+            "li",
+            null,
+            item.node,
+            h(
+              "button",
+              { type: "button", class: "plain", "aria-label": `Remove item ${at + 1}`, on: { click: () => drop(at) } },
+              "Remove",
+            ),
+          ),
+        ),
+      );
     // Removed ones take their places along, so the others are made anew with what was typed.
     const drop = (at) => fill(values().filter((_, index) => index !== at));
-    const values = () => items.map((item) => { try { return item.read(); } catch { return undefined; } });
+    const values = () =>
+      items.map((item) => {
+        try {
+          return item.read();
+        } catch {
+          return undefined;
+        }
+      });
     const make = (value, at) => editor(shape.items, `${path}[${at}]`, value, true, "");
     function fill(list) {
       for (const key of [...fields.keys()]) if (key.startsWith(`${path}[`)) fields.delete(key);
@@ -106,7 +147,20 @@ export function makeForm(schema, value) {
       render();
     }
     fill(Array.isArray(value) ? value : []);
-    const add = h("button", { type: "button", on: { click: () => { items.push(make(undefined, items.length)); render(); rows.lastElementChild.querySelector("input, textarea, select")?.focus(); } } }, "Add an item");
+    const add = h(
+      "button",
+      {
+        type: "button",
+        on: {
+          click: () => {
+            items.push(make(undefined, items.length));
+            render();
+            rows.lastElementChild.querySelector("input, textarea, select")?.focus();
+          },
+        },
+      },
+      "Add an item",
+    );
     return { group: true, node: h("div", null, rows, add), read: () => items.map((item) => item.read() ?? null) };
   }
 
@@ -133,7 +187,8 @@ export function makeForm(schema, value) {
       let best = "";
       for (const path of fields.keys()) {
         const end = text[path.length];
-        if (path.length > best.length && text.startsWith(path) && (end === undefined || "= .[:".includes(end))) best = path;
+        if (path.length > best.length && text.startsWith(path) && (end === undefined || "= .[:".includes(end)))
+          best = path;
       }
       const lacks = /^ lacks (.*?)\.?$/.exec(text.slice(best.length));
       const missing = lacks ? lacks[1].split(", ").map((name) => fields.get(`${best}.${name}`)) : [];
@@ -184,11 +239,19 @@ function simple(schema, root) {
   return {};
 }
 
-const fixed = (value) => ({ node: h("output", null, typeof value === "string" ? value : JSON.stringify(value)), read: () => value });
+const fixed = (value) => ({
+  node: h("output", null, typeof value === "string" ? value : JSON.stringify(value)),
+  read: () => value,
+});
 
 function choice(options, value, initial) {
   const known = value ?? initial;
-  const input = h("select", null, h("option", { value: "" }, ""), options.map((each, at) => h("option", { value: String(at) }, String(each))));
+  const input = h(
+    "select",
+    null,
+    h("option", { value: "" }, ""),
+    options.map((each, at) => h("option", { value: String(at) }, String(each))),
+  );
   input.value = known === undefined ? "" : String(options.indexOf(known));
   return { input, node: input, read: () => (input.value === "" ? undefined : options[Number(input.value)]) };
 }
@@ -202,11 +265,18 @@ function yesNo(value) {
   };
   const [yes, first] = radio("yes", true);
   const [no, second] = radio("no", false);
-  return { node: h("span", { class: "radios" }, first, second), read: () => (yes.checked ? true : no.checked ? false : undefined) };
+  return {
+    node: h("span", { class: "radios" }, first, second),
+    read: () => (yes.checked ? true : no.checked ? false : undefined),
+  };
 }
 
 function numeric(value, type) {
-  const input = h("input", { type: "text", inputmode: type === "integer" ? "numeric" : "decimal", autocomplete: "off" });
+  const input = h("input", {
+    type: "text",
+    inputmode: type === "integer" ? "numeric" : "decimal",
+    autocomplete: "off",
+  });
   input.value = value === undefined || value === null ? "" : isNumber(value) ? numberText(value) : String(value);
   return { input, node: input, read: () => (input.value.trim() === "" ? undefined : typedNumber(input.value.trim())) };
 }
@@ -224,23 +294,30 @@ function textual(value, shape) {
   }
   const long = known.includes("\n") || known.length > 60 || (shape.maxLength ?? 0) > 120;
   const short = shape.format || shape.pattern;
-  const input = short ? h("input", { type: "text", autocomplete: "off" }) : h("textarea", { rows: long ? Math.min(16, known.split("\n").length + 3) : 1 });
+  const input = short
+    ? h("input", { type: "text", autocomplete: "off" })
+    : h("textarea", { rows: long ? Math.min(16, known.split("\n").length + 3) : 1 });
   input.value = known;
   let touched = known !== "";
-  input.addEventListener("input", () => { touched = true; });
+  input.addEventListener("input", () => {
+    touched = true;
+  });
   return { input, node: input, read: () => (input.value === "" && (!touched || short) ? undefined : input.value) };
 }
 
 const local = (text) => {
   const at = new Date(text);
-  return Number.isNaN(at.getTime()) ? "" : new Date(at.getTime() - at.getTimezoneOffset() * 60000).toISOString().slice(0, 19);
+  return Number.isNaN(at.getTime())
+    ? ""
+    : new Date(at.getTime() - at.getTimezoneOffset() * 60000).toISOString().slice(0, 19);
 };
 
 /** A time of this place with its distance from UTC. */
 function withZone(text) {
   const minutes = -new Date(text).getTimezoneOffset();
   const two = (count) => String(Math.floor(Math.abs(count))).padStart(2, "0");
-  return `${text.length === 16 ? `${text}:00` : text}${minutes < 0 ? "-" : "+"}${two(minutes / 60)}:${two(Math.abs(minutes) % 60)}`;
+  const seconds = text.length === 16 ? ":00" : "";
+  return `${text}${seconds}${minutes < 0 ? "-" : "+"}${two(Math.abs(minutes) / 60)}:${two(Math.abs(minutes) % 60)}`;
 }
 
 /** A text area for JSON. */

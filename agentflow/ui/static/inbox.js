@@ -1,37 +1,75 @@
 // The approval inbox: open tasks at the left, one with what it shows and its form at the right.
 
 import * as api from "./api.js";
+import { decide } from "./decide.js";
 import { announce, h, href, keep, put } from "./dom.js";
 import { chip, moment, names, number, when } from "./format.js";
-import { makeForm } from "./form.js";
 import { body } from "./values.js";
-
-const NAME = "agentflow-by";
 
 export function inboxView() {
   let which = "open";
   let selected = null;
   let pane = null;
   let found = null;
-  const mine = h("input", { type: "search", placeholder: "for whom", "aria-label": "For whom", on: { change: () => load() } });
-  const kind = h("select", { "aria-label": "Which tasks", on: { change: () => { which = kind.value; load(); } } },
-    h("option", { value: "open" }, "open"), h("option", { value: "all" }, "all"));
+  const mine = h("input", {
+    type: "search",
+    placeholder: "for whom",
+    "aria-label": "For whom",
+    on: { change: () => load() },
+  });
+  const kind = h(
+    "select",
+    {
+      "aria-label": "Which tasks",
+      on: {
+        change: () => {
+          which = kind.value;
+          load();
+        },
+      },
+    },
+    h("option", { value: "open" }, "open"),
+    h("option", { value: "all" }, "all"),
+  );
   const items = h("ul", { class: "items", "aria-label": "Tasks" });
   const foot = h("div", { class: "foot" });
   const right = h("section", { class: "task", "aria-label": "Task" });
-  const node = h("div", { class: "inbox" }, h("section", { class: "list", "aria-label": "Tasks" }, h("div", { class: "filter" }, kind, mine), items, foot), right);
+  const node = h(
+    "div",
+    { class: "inbox" },
+    h("section", { class: "list", "aria-label": "Tasks" }, h("div", { class: "filter" }, kind, mine), items, foot),
+    right,
+  );
 
   async function load() {
     found = await api.get("tasks", { status: which, for: mine.value.trim() });
     keep(items, found.tasks, (task) => task.id, item, update);
-    put(foot, found.tasks.length === 0 && h("p", null, which === "open" ? "Nothing is open." : "No tasks yet."),
-      found.more && h("p", null, `${number(found.tasks.length)} are shown${which === "open" ? `, of ${number(found.open)} open` : ""}. "For whom" narrows them down.`));
+    put(
+      foot,
+      found.tasks.length === 0 && h("p", null, which === "open" ? "Nothing is open." : "No tasks yet."),
+      found.more &&
+        h(
+          "p",
+          null,
+          `${number(found.tasks.length)} are shown`,
+          which === "open" && `, of ${number(found.open)} open`,
+          '. "For whom" narrows them down.',
+        ),
+    );
     if (selected === null && pane === null) put(right, nothing());
   }
 
   function item(task) {
-    return h("li", null, h("a", { href: href("tasks", task.id) },
-      h("span", { class: "line" }, h("b", { class: "title" }), h("span", { class: "at" })), h("span", { class: "line sub" }, h("span", { class: "what" }), h("span", { class: "much" }))));
+    return h(
+      "li",
+      null,
+      h(
+        "a",
+        { href: href("tasks", task.id) },
+        h("span", { class: "line" }, h("b", { class: "title" }), h("span", { class: "at" })),
+        h("span", { class: "line sub" }, h("span", { class: "what" }), h("span", { class: "much" })),
+      ),
+    );
   }
 
   function update(li, task) {
@@ -48,10 +86,14 @@ export function inboxView() {
   function nothing() {
     const tasks = found?.tasks.length ?? 0;
     if (tasks > 0) return h("p", { class: "empty" }, "Choose a task.");
-    return h("div", { class: "empty" }, h("h2", null, "Nothing waits for you"),
+    return h(
+      "div",
+      { class: "empty" },
+      h("h2", null, "Nothing waits for you"),
       h("p", null, "A workflow that asks somebody appears here:"),
       h("pre", null, 'decision = await human_task("approve", assign_to="manager", data=draft)'),
-      h("p", null, "The same list in a terminal: ", h("code", null, "agentflow tasks list")));
+      h("p", null, "The same list in a terminal: ", h("code", null, "agentflow tasks list")),
+    );
   }
 
   return {
@@ -85,7 +127,14 @@ function taskPane(id, changed) {
     const state = JSON.stringify([task.status, task.digest, task.assign_to, task.deadline, task.refused.length]);
     if (done || state === shown) return; // what is being typed stays
     shown = state;
-    put(node, head(task), refusals(task), data(task), task.status === "open" ? decide(task, decided) : outcome(task), trail(task));
+    put(
+      node,
+      head(task),
+      refusals(task),
+      data(task),
+      task.status === "open" ? decide(task, decided) : outcome(task),
+      trail(task),
+    );
   }
 
   async function decided(answer) {
@@ -108,13 +157,28 @@ function head(task) {
     [task.workflow, " · ", h("a", { href: href("runs", task.run_id) }, task.run_id)],
     h("code", null, task.id),
   ];
-  return h("div", { class: "head" },
-    h("h1", { tabindex: "-1" }, h("a", { class: "back", href: "#/tasks", "aria-label": "All tasks" }, "←"), h("span", { class: "title" }, task.title || task.type), chip(task.status)),
-    h("p", { class: "facts" }, facts.filter(Boolean).map((fact) => h("span", null, fact))));
+  return h(
+    "div",
+    { class: "head" },
+    h(
+      "h1",
+      { tabindex: "-1" },
+      h("a", { class: "back", href: "#/tasks", "aria-label": "All tasks" }, "←"),
+      h("span", { class: "title" }, task.title || task.type),
+      chip(task.status),
+    ),
+    h(
+      "p",
+      { class: "facts" },
+      facts.filter(Boolean).map((fact) => h("span", null, fact)),
+    ),
+  );
 }
 
 function refusals(task) {
-  return task.refused.map((each) => h("p", { class: "error" }, `The answer of ${each.by || "somebody"} did not fit: ${each.why}`));
+  return task.refused.map((each) =>
+    h("p", { class: "error" }, `The answer of ${each.by || "somebody"} did not fit: ${each.why}`),
+  );
 }
 
 // -- what is shown -------------------------------------------------------------------------------
@@ -124,104 +188,43 @@ function data(task) {
   const value = task.texts.data;
   if (!value) return h("p", { class: "muted" }, "No data is shown with this task.");
   const query = { task: task.id, name: "data" };
-  if (value.cut || !value.json) return h("section", { class: "shown", "aria-label": "What is decided on" }, h("h2", null, "What is decided on"), body(value, query));
-  return h("section", { class: "shown", "aria-label": "What is decided on" }, h("h2", null, "What is decided on"), tree(api.fromJson(value.text)),
-    h("details", { class: "value" }, h("summary", null, "as JSON"), body(value, query)));
+  if (value.cut || !value.json)
+    return h(
+      "section",
+      { class: "shown", "aria-label": "What is decided on" },
+      h("h2", null, "What is decided on"),
+      body(value, query),
+    );
+  return h(
+    "section",
+    { class: "shown", "aria-label": "What is decided on" },
+    h("h2", null, "What is decided on"),
+    tree(api.fromJson(value.text)),
+    h("details", { class: "value" }, h("summary", null, "as JSON"), body(value, query)),
+  );
 }
 
 function tree(value) {
   if (api.isNumber(value)) return api.numberText(value);
-  if (typeof value === "string") return h("span", { class: "str" }, value === "" ? h("i", { class: "muted" }, "empty") : value);
-  if (value === null || typeof value !== "object") return h("i", null, value === null ? "nothing" : value ? "yes" : "no");
-  if (Array.isArray(value)) return value.length === 0 ? h("i", { class: "muted" }, "none") : h("ol", null, value.map((each) => h("li", null, tree(each))));
+  if (typeof value === "string")
+    return h("span", { class: "str" }, value === "" ? h("i", { class: "muted" }, "empty") : value);
+  if (value === null || typeof value !== "object")
+    return h("i", null, value === null ? "nothing" : value ? "yes" : "no");
+  if (Array.isArray(value))
+    return value.length === 0
+      ? h("i", { class: "muted" }, "none")
+      : h(
+          "ol",
+          null,
+          value.map((each) => h("li", null, tree(each))),
+        );
   const pairs = Object.entries(value);
   if (pairs.length === 0) return h("i", { class: "muted" }, "empty");
-  return h("dl", { class: "pairs" }, pairs.map(([name, each]) => [h("dt", null, name), h("dd", null, tree(each))]));
-}
-
-// -- deciding ------------------------------------------------------------------------------------
-
-function decide(task, decided) {
-  const by = h("input", { type: "text", id: "by", autocomplete: "name" });
-  by.value = localStorage.getItem(NAME) ?? "";
-  const comment = h("textarea", { id: "comment", rows: 2 });
-  const error = h("p", { class: "error", role: "alert", hidden: true });
-  const buttons = h("div", { class: "buttons" });
-  const input = answerInput(task);
-  const form = h("form", { class: "decide", novalidate: true, "aria-label": "Decision", on: { submit: (event) => { event.preventDefault(); send(input.how()); } } },
-    input.node,
-    h("div", { class: "who" },
-      h("div", { class: "field" }, h("label", { for: "by" }, "By ", h("span", { class: "muted" }, "your name, kept with the decision")), by),
-      h("div", { class: "field" }, h("label", { for: "comment" }, "Comment ", h("span", { class: "muted" }, "optional")), comment)),
-    error, buttons,
-    h("p", { class: "muted" }, "In a terminal: ", h("code", null, task.command)));
-  put(buttons, h("button", { type: "submit", class: "yes" }, input.word), h("button", { type: "button", class: "no", on: { click: () => send("reject") } }, "Reject"));
-
-  async function send(how) {
-    error.hidden = true;
-    const given = { id: task.id, by: by.value, comment: comment.value };
-    if (how === "answer") {
-      given.data = input.read();
-      if (given.data === undefined) return;
-    }
-    localStorage.setItem(NAME, by.value);
-    for (const each of buttons.children) each.disabled = true;
-    try {
-      await decided(await api.post(`task/${how}`, given));
-    } catch (refused) {
-      if (!(refused instanceof api.Refused)) throw refused;
-      if (refused.status === 422 && how === "answer" && input.refuse) {
-        input.refuse(refused.message);
-      } else {
-        error.textContent = refused.message;
-        error.hidden = false;
-      }
-      if (refused.status !== 409) for (const each of buttons.children) each.disabled = false;
-    }
-  }
-
-  return form;
-}
-
-/** What is filled in: a form, an answer in words, or nothing but the decision. */
-function answerInput(task) {
-  if (task.schema) {
-    const value = task.texts.data?.json && !task.texts.data.cut ? api.fromJson(task.texts.data.text) : undefined;
-    const form = makeForm(task.schema, filled(task.schema, value));
-    return { node: h("section", { "aria-label": "Answer" }, h("h2", null, "Answer"), form.node), word: "Answer", how: () => "answer", read: () => form.read(), refuse: (text) => form.refuse(text) };
-  }
-  if (task.type === "input") {
-    const input = h("textarea", { id: "answer", rows: 4, "aria-describedby": "answer-error" });
-    const asJson = h("input", { type: "checkbox" });
-    const wrong = h("span", { class: "error", id: "answer-error", role: "alert", hidden: true });
-    const refuse = (text) => { wrong.textContent = text; wrong.hidden = false; };
-    const node = h("div", { class: "field" }, h("label", { for: "answer" }, "Answer"), input, wrong, h("label", { class: "radio" }, asJson, " it is JSON"));
-    const read = () => {
-      wrong.hidden = true;
-      if (!asJson.checked) return input.value;
-      try {
-        return api.fromJson(input.value);
-      } catch (error) {
-        refuse(`This is not JSON: ${error.message}`);
-        return undefined;
-      }
-    };
-    return { node, word: "Answer", how: () => "answer", read, refuse };
-  }
-  const form = makeForm({}, undefined);
-  const node = h("details", { class: "value", open: task.type === "in_doubt" }, h("summary", null, task.type === "in_doubt" ? "its result, as JSON" : "approve with data"), form.node);
-  const area = form.node.querySelector("textarea");
-  area.setAttribute("aria-label", "Data as JSON");
-  return { node, word: "Approve", how: () => (area.value.trim() === "" ? "approve" : "answer"), read: () => form.read(), refuse: (text) => form.refuse(text) };
-}
-
-/** The data shown, where it is such a form itself: then it is filled in with it. */
-function filled(schema, value) {
-  if (value === null || typeof value !== "object" || Array.isArray(value)) return undefined;
-  const root = schema.$ref ? schema.$defs?.[schema.$ref.split("/").at(-1)] : schema;
-  const known = Object.keys(root?.properties ?? {});
-  const names = Object.keys(value);
-  return names.length > 0 && names.every((name) => known.includes(name)) ? value : undefined;
+  return h(
+    "dl",
+    { class: "pairs" },
+    pairs.map(([name, each]) => [h("dt", null, name), h("dd", null, tree(each))]),
+  );
 }
 
 // -- decided -------------------------------------------------------------------------------------
@@ -230,22 +233,48 @@ function outcome(task) {
   const decision = task.decision;
   const last = task.trail.at(-1);
   if (!decision) return h("p", { class: "note" }, `This task is ${task.status}: it takes no answer any more.`);
-  return h("div", { class: "note" }, h("p", null, h("b", null, `${task.status} by ${decision.by || "somebody"}`), last && [" · ", moment(last.at)]),
-    decision.comment && h("p", null, decision.comment), task.texts.answer && body(task.texts.answer, { task: task.id, name: "answer" }));
+  return h(
+    "div",
+    { class: "note" },
+    h("p", null, h("b", null, `${task.status} by ${decision.by || "somebody"}`), last && [" · ", moment(last.at)]),
+    decision.comment && h("p", null, decision.comment),
+    task.texts.answer && body(task.texts.answer, { task: task.id, name: "answer" }),
+  );
 }
 
 /** Who goes on with the run now. */
 function follows(task, next) {
   const run = h("a", { href: href("runs", task.run_id) }, task.run_id);
   if (next.running) return h("p", { class: "next" }, "Run ", run, " is in hand: its process goes on by itself.");
-  if (next.workers.length > 0) return h("p", { class: "next" }, "Run ", run, ` goes on with worker ${next.workers.join(", ")}.`);
-  return h("div", { class: "next" }, h("p", null, "Run ", run, " goes on when its program runs again, or with:"), h("pre", null, next.command),
-    h("p", null, "A worker goes on with every run that was answered:"), h("pre", null, next.worker));
+  if (next.workers.length > 0)
+    return h("p", { class: "next" }, "Run ", run, ` goes on with worker ${next.workers.join(", ")}.`);
+  return h(
+    "div",
+    { class: "next" },
+    h("p", null, "Run ", run, " goes on when its program runs again, or with:"),
+    h("pre", null, next.command),
+    h("p", null, "A worker goes on with every run that was answered:"),
+    h("pre", null, next.worker),
+  );
 }
 
 function trail(task) {
   if (task.trail.length < 2) return null;
-  const line = (each) => h("li", null, moment(each.at), " ", h("b", null, each.what), each.by && ` by ${each.by}`,
-    each.assign_to && ` for ${names(each.assign_to)}`, (each.comment || each.why) && h("span", { class: "muted" }, ` ${each.comment || each.why}`));
-  return h("details", { class: "value" }, h("summary", null, "what happened to it"), h("ul", { class: "trail" }, task.trail.map(line)));
+  const line = (each) =>
+    h(
+      "li",
+      null,
+      moment(each.at),
+      " ",
+      h("b", null, each.what),
+      each.by && ` by ${each.by}`,
+      each.assign_to && ` for ${names(each.assign_to)}`,
+      (each.comment || each.why) && h("span", { class: "muted" }, ` ${each.comment || each.why}`),
+    );
+  return h(
+    "details",
+    { class: "value" },
+    h("summary", null, "what happened to it"),
+    h("ul", { class: "trail" }, task.trail.map(line)),
+  );
 }

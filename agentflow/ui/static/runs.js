@@ -15,7 +15,9 @@ const LIVE = ["running"]; // its process may die without a word; all else is tol
 export function runsView() {
   const list = runList();
   const middle = h("section", { class: "run", "aria-label": "Run" });
-  const close = (event) => { if (event.key === "Escape") location.hash = href("runs", runId); };
+  const close = (event) => {
+    if (event.key === "Escape") location.hash = href("runs", runId);
+  };
   const right = h("aside", { class: "step", "aria-label": "Step", hidden: true, on: { keydown: close } });
   const node = h("div", { class: "runs" }, list.node, middle, right);
   let runId = null;
@@ -42,7 +44,8 @@ export function runsView() {
         page = runPage(runId);
         put(middle, page.node);
         await page.load();
-        if (page.id() !== runId) { // named by a part of its id
+        if (page.id() !== runId) {
+          // named by a part of its id
           runId = page.id();
           history.replaceState(null, "", href("runs", runId, ...(stepId ? ["steps", stepId] : [])));
           list.select(runId);
@@ -87,16 +90,35 @@ function runList() {
   let looked = 0;
   let selected = null;
   let asked = 0;
-  const status = h("select", { "aria-label": "Status", on: { change: () => anew() } }, h("option", { value: "" }, "all statuses"),
-    STATUSES.map((each) => h("option", { value: each }, each)));
+  const status = h(
+    "select",
+    { "aria-label": "Status", on: { change: () => anew() } },
+    h("option", { value: "" }, "all statuses"),
+    STATUSES.map((each) => h("option", { value: each }, each)),
+  );
   let typing = null;
   const workflow = h("input", {
-    type: "search", placeholder: "workflow", "aria-label": "Workflow", autocomplete: "off", spellcheck: "false",
-    on: { input: () => { clearTimeout(typing); typing = setTimeout(anew, 200); } },
+    type: "search",
+    placeholder: "workflow",
+    "aria-label": "Workflow",
+    autocomplete: "off",
+    spellcheck: "false",
+    on: {
+      input: () => {
+        clearTimeout(typing);
+        typing = setTimeout(anew, 200);
+      },
+    },
   });
   const items = h("ul", { class: "items", "aria-label": "Runs" });
   const foot = h("div", { class: "foot" });
-  const node = h("section", { class: "list", "aria-label": "Runs" }, h("div", { class: "filter" }, status, workflow), items, foot);
+  const node = h(
+    "section",
+    { class: "list", "aria-label": "Runs" },
+    h("div", { class: "filter" }, status, workflow),
+    items,
+    foot,
+  );
 
   async function anew() {
     found = [];
@@ -141,15 +163,28 @@ function runList() {
     put(
       foot,
       found.length === 0 && h("p", null, filtered ? "No run fits." : "No runs yet."),
-      next !== null && !full && h("button", { type: "button", on: { click: more } }, filtered ? `Look further back (${number(looked)} looked at)` : "Older runs"),
+      next !== null &&
+        !full &&
+        h(
+          "button",
+          { type: "button", on: { click: more } },
+          filtered ? `Look further back (${number(looked)} looked at)` : "Older runs",
+        ),
       full && h("p", null, `The newest ${MOST} are shown. A status or a workflow narrows them down.`),
     );
   }
 
   function item(run) {
-    return h("li", null, h("a", { href: href("runs", run.id) },
-      h("span", { class: "line" }, h("b", { class: "id" }, run.id), h("span", { class: "at" })),
-      h("span", { class: "line sub" }, h("span", { class: "what" }), h("span", { class: "much" }))));
+    return h(
+      "li",
+      null,
+      h(
+        "a",
+        { href: href("runs", run.id) },
+        h("span", { class: "line" }, h("b", { class: "id" }, run.id), h("span", { class: "at" })),
+        h("span", { class: "line sub" }, h("span", { class: "what" }), h("span", { class: "much" })),
+      ),
+    );
   }
 
   function update(li, run) {
@@ -197,7 +232,13 @@ function runPage(id) {
     const run = found;
     put(
       head,
-      h("h1", null, h("a", { class: "back", href: "#/runs", "aria-label": "All runs" }, "←"), h("span", { class: "id" }, run.id), chip(run.status)),
+      h(
+        "h1",
+        null,
+        h("a", { class: "back", href: "#/runs", "aria-label": "All runs" }, "←"),
+        h("span", { class: "id" }, run.id),
+        chip(run.status),
+      ),
       h("p", { class: "facts" }, facts(run)),
       run.error && h("p", { class: "error", role: "alert" }, run.error),
       waits(run),
@@ -205,10 +246,17 @@ function runPage(id) {
     const texts = JSON.stringify(run.texts);
     if (texts !== shownValues) {
       shownValues = texts;
-      put(values, ["input", "output"].map((name) => run.texts[name] &&
-        cutText(name, run.texts[name], { run: id, name }, { open: false })));
+      put(
+        values,
+        ["input", "output"].map(
+          (name) => run.texts[name] && cutText(name, run.texts[name], { run: id, name }, { open: false }),
+        ),
+      );
     }
-    chart.update(run, (at) => { first = at; return load(); });
+    chart.update(run, (at) => {
+      first = at;
+      return load();
+    });
   }
 
   return {
@@ -231,7 +279,11 @@ function facts(run) {
     run.deadline && !run.completed_at && ["deadline ", moment(run.deadline)],
     `paid ${money(run.cost)}`,
     run.saved > 0 && `saved ${money(run.saved)}`,
-    run.parent && ["fork of ", h("a", { href: href("runs", run.parent) }, run.parent), run.forked_at && ` from ${run.forked_at} on`],
+    run.parent && [
+      "fork of ",
+      h("a", { href: href("runs", run.parent) }, run.parent),
+      run.forked_at && ` from ${run.forked_at} on`,
+    ],
     run.tick && ["tick ", moment(run.tick)],
   ];
   return facts.filter(Boolean).map((fact) => h("span", null, fact));
@@ -240,15 +292,28 @@ function facts(run) {
 /** What a run waits for, with what answers it. */
 function waits(run) {
   if (run.status === "interrupted") {
-    return h("p", { class: "note" }, "No process has it in hand. Run its program again, keep a worker running, or type ",
-      h("code", null, `agentflow runs resume ${run.id} --module app:flow`));
+    return h(
+      "p",
+      { class: "note" },
+      "No process has it in hand. Run its program again, keep a worker running, or type ",
+      h("code", null, `agentflow runs resume ${run.id} --module app:flow`),
+    );
   }
   const open = run.tasks.filter((task) => task.status === "open");
-  const lines = open.map((task) => h("li", null, h("a", { href: href("tasks", task.id) }, task.title || task.type), ` · for ${Array.isArray(task.assign_to) ? task.assign_to.join(", ") : task.assign_to || "anybody"}`));
+  const lines = open.map((task) =>
+    h(
+      "li",
+      null,
+      h("a", { href: href("tasks", task.id) }, task.title || task.type),
+      ` · for ${Array.isArray(task.assign_to) ? task.assign_to.join(", ") : task.assign_to || "anybody"}`,
+    ),
+  );
   if (run.status === "waiting") {
     for (const wait of run.waiting_on.filter((each) => each.kind !== "task")) {
-      if (wait.kind === "batch") lines.push(h("li", null, `batch ${wait.id}: ${wait.requests} requests to ${wait.model}, ${wait.status}`));
-      else if (wait.command) lines.push(h("li", null, `${wait.kind} ${wait.name ?? ""} · `, h("code", null, wait.command)));
+      if (wait.kind === "batch")
+        lines.push(h("li", null, `batch ${wait.id}: ${wait.requests} requests to ${wait.model}, ${wait.status}`));
+      else if (wait.command)
+        lines.push(h("li", null, `${wait.kind} ${wait.name ?? ""} · `, h("code", null, wait.command)));
       else lines.push(h("li", null, wait.kind, wait.until && [" until ", moment(wait.until)]));
     }
   }

@@ -32,15 +32,21 @@ function worked(steps, now) {
 /**
  * A scale from milliseconds to 0…1, for an axis of so many pixels.
  *
- * `at(ms)` gives the position; `folds` are the bands that stand for a stretch: {from, to, seconds}; `ticks(count)` gives
- * positions with seconds since the run began.
+ * `at(ms)` gives the position; `folds` are the bands that stand for a stretch: {from, to, seconds}; `ticks(count)`
+ * gives positions with seconds since the run began.
  */
 export function makeScale(steps, begin, end, now, truly, pixels) {
   const spans = worked(steps, now);
   const busy = spans.reduce((sum, [start, stop]) => sum + stop - start, 0);
   const pieces = []; // [start, end, width]
   const add = (start, stop, folded) => {
-    if (stop > start) pieces.push({ start, stop, width: folded ? Math.max(busy, 1) * Math.max(FOLDED, NARROWEST / pixels) : stop - start, folded });
+    if (stop > start)
+      pieces.push({
+        start,
+        stop,
+        width: folded ? Math.max(busy, 1) * Math.max(FOLDED, NARROWEST / pixels) : stop - start,
+        folded,
+      });
   };
   const fold = (gap) => !truly && busy > 0 && gap > Math.max(busy * 0.25, 50);
   let at = begin;
@@ -74,7 +80,9 @@ export function makeScale(steps, begin, end, now, truly, pixels) {
 
   return {
     at: position,
-    folds: pieces.filter((piece) => piece.folded).map((piece) => ({ from: piece.from, to: piece.to, seconds: (piece.stop - piece.start) / 1000 })),
+    folds: pieces
+      .filter((piece) => piece.folded)
+      .map((piece) => ({ from: piece.from, to: piece.to, seconds: (piece.stop - piece.start) / 1000 })),
     ticks(count) {
       if (busy === 0) return [];
       const each = nice(total / 1000 / count) * 1000;
@@ -83,7 +91,8 @@ export function makeScale(steps, begin, end, now, truly, pixels) {
         if (piece.folded) continue;
         for (let ms = begin + Math.ceil((piece.start - begin) / each) * each; ms <= piece.stop; ms += each) {
           const at = position(ms);
-          if (found.length === 0 || at - found.at(-1).at > 0.4 / count) found.push({ at, seconds: (ms - begin) / 1000 });
+          if (found.length === 0 || at - found.at(-1).at > 0.4 / count)
+            found.push({ at, seconds: (ms - begin) / 1000 });
         }
       }
       return found;

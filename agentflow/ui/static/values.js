@@ -8,7 +8,12 @@ const MOST = 2_000_000; // characters on the page; what is larger opens by itsel
 
 /** A value under a heading that opens and closes. `query` names where all of it is. */
 export function cutText(title, value, query, { open = true } = {}) {
-  return h("details", { class: "value", open }, h("summary", null, title, h("span", { class: "size" }, value.size > 200 ? size(value.size) : "")), body(value, query));
+  return h(
+    "details",
+    { class: "value", open },
+    h("summary", null, title, h("span", { class: "size" }, value.size > 200 ? size(value.size) : "")),
+    body(value, query),
+  );
 }
 
 /** The text itself, and where it is cut the rest of it. */
@@ -23,7 +28,10 @@ export function body(value, query) {
     note.remove();
   };
   const rest = h("a", { href: api.link(query), target: "_blank", rel: "noopener" }, "open all of it");
-  put(note, `The first ${size(value.text.length)} of ${size(value.size)}. `,
-    value.size <= MOST ? h("button", { type: "button", on: { click: all } }, "Show all") : rest);
+  put(
+    note,
+    `The first ${size(value.text.length)} of ${size(value.size)}. `,
+    value.size <= MOST ? h("button", { type: "button", on: { click: all } }, "Show all") : rest,
+  );
   return [pre, note];
 }

@@ -4,12 +4,23 @@
 import { clean, h, href, keep, put } from "./dom.js";
 import { between, duration, money, number, statusClass } from "./format.js";
 import { makeScale } from "./scale.js";
+import { arrange } from "./tree.js";
 
 const ROW = 26; // pixels, as in app.css
 const OVERSCAN = 10;
 const GROWING = new Set(["running", "waiting", "retrying"]);
 const PROBLEMS = new Set(["failed", "in doubt", "undone", "interrupted"]);
-const KIND = { ai: "model call", agent: "model call with tools", human: "person", run: "run", tool: "tool", event: "event", sleep: "sleep", compensation: "compensation", value: "value" };
+const KIND = {
+  ai: "model call",
+  agent: "model call with tools",
+  human: "person",
+  run: "run",
+  tool: "tool",
+  event: "event",
+  sleep: "sleep",
+  compensation: "compensation",
+  value: "value",
+};
 
 export function waterfall() {
   let run = null;
@@ -23,22 +34,57 @@ export function waterfall() {
   let timer = null;
   const closed = new Set();
 
-  const filter = h("input", { type: "search", placeholder: "find steps", "aria-label": "Find steps", on: { input: () => build() } });
+  const filter = h("input", {
+    type: "search",
+    placeholder: "find steps",
+    "aria-label": "Find steps",
+    on: { input: () => build() },
+  });
   const problems = h("input", { type: "checkbox", on: { change: () => build() } });
-  const real = h("input", { type: "checkbox", on: { change: () => { truly = real.checked; render(); } } });
+  const real = h("input", {
+    type: "checkbox",
+    on: {
+      change: () => {
+        truly = real.checked;
+        render();
+      },
+    },
+  });
   const values = h("input", { type: "checkbox", on: { change: () => build() } });
   const valuesLabel = h("label", { hidden: true, title: "ctx.now(), ctx.uuid4(), ctx.random()" }, values, " values");
   const count = h("span", { class: "muted count-steps", role: "status" });
-  const bar = h("div", { class: "bar" }, filter, h("label", null, problems, " problems only"), valuesLabel,
-    h("label", { title: "Do not fold the time in which nothing worked" }, real, " true time"), count);
+  const bar = h(
+    "div",
+    { class: "bar" },
+    filter,
+    h("label", null, problems, " problems only"),
+    valuesLabel,
+    h("label", { title: "Do not fold the time in which nothing worked" }, real, " true time"),
+    count,
+  );
   const axis = h("div", { class: "axis", "aria-hidden": "true" });
   const band = h("div", { class: "folds", "aria-hidden": "true" });
   const space = h("div", { class: "space", role: "presentation" });
   const empty = h("p", { class: "empty", hidden: true });
-  const scroller = h("div", {
-    class: "rows", role: "treegrid", tabindex: "0", "aria-label": "Steps by time",
-    on: { scroll: () => requestAnimationFrame(draw), keydown: key, focus: () => { if (active < 0 && rows.length) move(0, false); } },
-  }, band, space, empty);
+  const scroller = h(
+    "div",
+    {
+      class: "rows",
+      role: "treegrid",
+      tabindex: "0",
+      "aria-label": "Steps by time",
+      on: {
+        scroll: () => requestAnimationFrame(draw),
+        keydown: key,
+        focus: () => {
+          if (active < 0 && rows.length) move(0, false);
+        },
+      },
+    },
+    band,
+    space,
+    empty,
+  );
   const note = h("div", { class: "note", hidden: true });
   const chart = h("div", { class: "chart" }, axis, scroller);
   const node = h("div", { class: "waterfall" }, bar, note, chart);
@@ -48,46 +94,16 @@ export function waterfall() {
   // -- the tree ------------------------------------------------------------------------------------
 
   function build() {
-    const known = new Map();
-    for (const step of run.steps) if (!known.has(step.id)) known.set(step.id, step);
-    const inner = new Map();
-    const top = [];
     const hidden = run.steps.filter((step) => step.kind === "value").length;
     valuesLabel.hidden = hidden === 0;
-    for (const step of run.steps) {
-      if (step.kind === "value" && !values.checked) continue;
-      const within = step.parent_id !== null && step.parent_id !== step.id && known.has(step.parent_id);
-      const list = within ? inner.get(step.parent_id) ?? inner.set(step.parent_id, []).get(step.parent_id) : top;
-      list.push(step);
-    }
-    const fits = wanted();
     const at = rows[active]?.step.id ?? selected;
-    rows = [];
-    // A stack of our own: steps may be nested deeper than functions may call themselves.
-    const stack = top.toReversed().map((step) => ({ step, depth: 0 }));
-    const order = [];
-    const seen = new Set();
-    while (stack.length) {
-      const { step, depth } = stack.pop();
-      order.push({ step, depth });
-      if (seen.has(step.id)) continue; // the same record twice in a run, under one idempotency key
-      seen.add(step.id);
-      for (const each of (inner.get(step.id) ?? []).toReversed()) stack.push({ step: each, depth: depth + 1 });
-    }
-    const kept = fits && keptWith(order, fits);
-    let below = Infinity; // a closed row hides what is deeper
-    for (const { step, depth } of order) {
-      if (depth > below) continue;
-      below = Infinity;
-      if (kept && !kept.has(step)) continue;
-      const has = inner.has(step.id);
-      const open = has && (kept || !closed.has(step.id));
-      if (has && !open) below = depth;
-      rows.push({ step, depth, has, open });
-    }
+    rows = arrange(values.checked ? run.steps : run.steps.filter((step) => step.kind !== "value"), closed, wanted());
     const shown = rows.length;
     const all = run.steps_total - (values.checked ? 0 : hidden);
-    count.textContent = shown === all ? `${number(all)} ${all === 1 ? "step" : "steps"}` : `${number(shown)} of ${number(all)} steps shown`;
+    count.textContent =
+      shown === all
+        ? `${number(all)} ${all === 1 ? "step" : "steps"}`
+        : `${number(shown)} of ${number(all)} steps shown`;
     active = rows.findIndex((row) => row.step.id === at);
     paged();
     render();
@@ -96,20 +112,10 @@ export function waterfall() {
   function wanted() {
     const text = filter.value.trim().toLowerCase();
     if (!text && !problems.checked) return null;
-    return (step) => (!problems.checked || PROBLEMS.has(step.status) || step.tries.some((each) => each.status === "failed")) &&
-      (!text || [step.name, step.kind, step.status, step.model, step.error].some((fact) => fact?.toLowerCase().includes(text)));
-  }
-
-  /** The steps that fit, and those around them. */
-  function keptWith(order, fits) {
-    const kept = new Set();
-    const path = [];
-    for (const { step, depth } of order) {
-      path.length = depth;
-      path.push(step);
-      if (fits(step)) for (const each of path) kept.add(each);
-    }
-    return kept;
+    return (step) =>
+      (!problems.checked || PROBLEMS.has(step.status) || step.tries.some((each) => each.status === "failed")) &&
+      (!text ||
+        [step.name, step.kind, step.status, step.model, step.error].some((fact) => fact?.toLowerCase().includes(text)));
   }
 
   /** What is not shown of a run that has more steps than are sent at once. */
@@ -118,9 +124,13 @@ export function waterfall() {
     note.hidden = steps.length === total;
     if (note.hidden) return;
     const to = (at, text) => h("button", { type: "button", on: { click: () => page(at) } }, text);
-    put(note, `Steps ${number(first + 1)} to ${number(first + steps.length)} of ${number(total)} are shown. `,
-      first > 0 && to(Math.max(0, first - steps.length), "Earlier"), " ",
-      first + steps.length < total && to(first + steps.length, "Later"));
+    put(
+      note,
+      `Steps ${number(first + 1)} to ${number(first + steps.length)} of ${number(total)} are shown. `,
+      first > 0 && to(Math.max(0, first - steps.length), "Earlier"),
+      " ",
+      first + steps.length < total && to(first + steps.length, "Later"),
+    );
   }
 
   // -- drawing -------------------------------------------------------------------------------------
@@ -130,27 +140,60 @@ export function waterfall() {
   function render() {
     if (run === null) return;
     const live = ["running", "waiting"].includes(run.status);
-    const starts = run.steps.filter((step) => !step.reused_from && step.started_at).map((step) => Date.parse(step.started_at));
+    const starts = run.steps
+      .filter((step) => !step.reused_from && step.started_at)
+      .map((step) => Date.parse(step.started_at));
     const begin = starts.reduce((least, each) => Math.min(least, each), Date.parse(run.started_at));
     let end = run.completed_at ? Date.parse(run.completed_at) : live ? now() : begin;
     for (const step of run.steps) {
-      if (!step.reused_from) for (const each of step.tries) if (each.ended_at) end = Math.max(end, Date.parse(each.ended_at));
+      if (!step.reused_from)
+        for (const each of step.tries) if (each.ended_at) end = Math.max(end, Date.parse(each.ended_at));
     }
     const width = Math.max(120, axis.firstElementChild?.clientWidth ?? 600);
     scale = makeScale(run.steps, begin, Math.max(end, begin + 1), now(), truly, width);
     space.style.height = `${rows.length * ROW}px`;
     band.style.height = `${Math.max(rows.length * ROW, scroller.clientHeight)}px`;
-    const folded = (fold, text) => h("div", {
-      class: "fold", title: `${duration(fold.seconds)} in which nothing worked`,
-      style: { left: `${fold.from * 100}%`, width: `${(fold.to - fold.from) * 100}%` },
-    }, text);
+    const folded = (fold, text) =>
+      h(
+        "div",
+        {
+          class: "fold",
+          title: `${duration(fold.seconds)} in which nothing worked`,
+          style: { left: `${fold.from * 100}%`, width: `${(fold.to - fold.from) * 100}%` },
+        },
+        text,
+      );
     const near = (at) => scale.folds.some((fold) => at > fold.from - 0.06 && at < fold.to + 0.02);
-    put(axis, h("div", { class: "track" }, scale.ticks(Math.max(1, Math.floor(width / 90))).filter((tick) => !near(tick.at)).map((tick) => h("span", { class: "tick", style: { left: `${tick.at * 100}%` } }, tick.seconds === 0 ? "0" : duration(tick.seconds))),
-      scale.folds.map((fold) => folded(fold, h("span", null, duration(fold.seconds))))));
-    put(band, h("div", { class: "track" }, scale.folds.map((fold) => folded(fold, ""))));
+    put(
+      axis,
+      h(
+        "div",
+        { class: "track" },
+        scale
+          .ticks(Math.max(1, Math.floor(width / 90)))
+          .filter((tick) => !near(tick.at))
+          .map((tick) =>
+            h(
+              "span",
+              { class: "tick", style: { left: `${tick.at * 100}%` } },
+              tick.seconds === 0 ? "0" : duration(tick.seconds),
+            ),
+          ),
+        scale.folds.map((fold) => folded(fold, h("span", null, duration(fold.seconds)))),
+      ),
+    );
+    put(
+      band,
+      h(
+        "div",
+        { class: "track" },
+        scale.folds.map((fold) => folded(fold, "")),
+      ),
+    );
     draw();
     clearInterval(timer);
-    if (live && run.steps.some((step) => GROWING.has(step.status))) timer = setInterval(grow, run.steps.length > 1000 ? 2000 : 500);
+    if (live && run.steps.some((step) => GROWING.has(step.status)))
+      timer = setInterval(grow, run.steps.length > 1000 ? 2000 : 500);
   }
 
   function grow() {
@@ -162,35 +205,88 @@ export function waterfall() {
     const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - OVERSCAN);
     const last = Math.min(rows.length, Math.ceil((scroller.scrollTop + scroller.clientHeight) / ROW) + OVERSCAN);
     scroller.setAttribute("aria-rowcount", rows.length);
-    keep(space, rows.slice(first, last).map((row, index) => ({ ...row, at: first + index })), signature, rowOf, place);
+    keep(
+      space,
+      rows.slice(first, last).map((row, index) => ({ ...row, at: first + index })),
+      signature,
+      rowOf,
+      place,
+    );
     empty.hidden = rows.length > 0;
     empty.textContent = run.steps_total === 0 ? "No step is recorded yet." : "No step fits.";
     scroller.setAttribute("aria-activedescendant", active >= first && active < last ? `row-${active}` : "");
   }
 
-  /** What a row's element is made of. One that is there is kept as long as this is the same: it may be under a pointer. */
+  /** What a row's element is made of. It is kept as long as this is the same: it may be under a pointer. */
   const signature = ({ step, depth, has, open, at }) =>
-    [at, depth, has, open, step.name, step.id, step.kind, step.status, step.attempts, step.tries.length, step.replayed, step.cost, step.reused_from].join("\u0000");
+    [
+      at,
+      depth,
+      has,
+      open,
+      step.name,
+      step.id,
+      step.kind,
+      step.status,
+      step.attempts,
+      step.tries.length,
+      step.replayed,
+      step.cost,
+      step.reused_from,
+    ].join("\u0000");
 
   function rowOf({ step, depth, has, open, at }) {
     const twisty = has
-      ? h("button", { type: "button", class: "twisty", tabindex: "-1", "aria-label": open ? "Close" : "Open", on: { click: (event) => { event.stopPropagation(); toggle(at); } } }, open ? "▾" : "▸")
+      ? h(
+          "button",
+          {
+            type: "button",
+            class: "twisty",
+            tabindex: "-1",
+            "aria-label": open ? "Close" : "Open",
+            on: {
+              click: (event) => {
+                event.stopPropagation();
+                toggle(at);
+              },
+            },
+          },
+          open ? "▾" : "▸",
+        )
       : h("span", { class: "twisty" });
     const marks = [
       step.replayed && h("span", { class: "mark", title: `replayed: recorded by execution ${step.epoch}` }, "↺"),
       step.reused_from && h("span", { class: "mark", title: `reused from ${step.reused_from}` }, "↪"),
       step.attempts > 1 && h("span", { class: "mark tried", title: `${step.attempts} attempts` }, `×${step.attempts}`),
     ];
-    return h("div", {
-      class: `row k-${step.kind} ${statusClass(step.status)}${step.replayed || step.reused_from ? " replayed" : ""}`,
-      role: "row", id: `row-${at}`, "aria-rowindex": at + 1, "aria-level": depth + 1, "aria-expanded": has ? String(open) : null,
-      style: { top: `${at * ROW}px`, "--depth": Math.min(depth, 12) }, on: { click: () => move(at, true) },
-    },
-    h("span", { class: "name", role: "gridcell", title: `${step.name} · ${KIND[step.kind] ?? "step"} · ${step.status}` },
-      twisty, h("i", { class: "dot", "aria-hidden": "true" }), h("span", { class: "text" }, step.name), marks),
-    h("span", { class: "track", role: "gridcell", "aria-label": spoken(step) }),
-    h("span", { class: "num took", role: "gridcell" }),
-    h("span", { class: "num cost", role: "gridcell" }, step.cost ? money(step.cost) : step.model && step.cost === null ? "?" : ""));
+    return h(
+      "div",
+      {
+        class: `row k-${step.kind} ${statusClass(step.status)}${step.replayed || step.reused_from ? " replayed" : ""}`,
+        role: "row",
+        id: `row-${at}`,
+        "aria-rowindex": at + 1,
+        "aria-level": depth + 1,
+        "aria-expanded": has ? String(open) : null,
+        style: { top: `${at * ROW}px`, "--depth": Math.min(depth, 12) },
+        on: { click: () => move(at, true) },
+      },
+      h(
+        "span",
+        { class: "name", role: "gridcell", title: `${step.name} · ${KIND[step.kind] ?? "step"} · ${step.status}` },
+        twisty,
+        h("i", { class: "dot", "aria-hidden": "true" }),
+        h("span", { class: "text" }, step.name),
+        marks,
+      ),
+      h("span", { class: "track", role: "gridcell", "aria-label": spoken(step) }),
+      h("span", { class: "num took", role: "gridcell" }),
+      h(
+        "span",
+        { class: "num cost", role: "gridcell" },
+        step.cost ? money(step.cost) : step.model && step.cost === null ? "?" : "",
+      ),
+    );
   }
 
   const spoken = (step) => `${step.status}, ${step.tries.length} ${step.tries.length === 1 ? "attempt" : "attempts"}`;
@@ -219,8 +315,17 @@ export function waterfall() {
     });
   }
 
-  const elsewhere = (step) => h("span", { class: "elsewhere" }, "from ",
-    h("a", { href: href("runs", step.reused_from), tabindex: "-1", on: { click: (event) => event.stopPropagation() } }, step.reused_from));
+  const elsewhere = (step) =>
+    h(
+      "span",
+      { class: "elsewhere" },
+      "from ",
+      h(
+        "a",
+        { href: href("runs", step.reused_from), tabindex: "-1", on: { click: (event) => event.stopPropagation() } },
+        step.reused_from,
+      ),
+    );
 
   /** Attempts, and the pauses between them. */
   function pieces(step) {
@@ -231,13 +336,15 @@ export function waterfall() {
       const start = scale.at(Date.parse(each.started_at));
       const open = GROWING.has(each.status) ? now() : Date.parse(each.started_at);
       const end = scale.at(each.ended_at ? Date.parse(each.ended_at) : open);
-      if (before !== null && start > before) made.push({ kind: "pause", from: before, to: start, title: `waited for attempt ${each.attempt}` });
+      if (before !== null && start > before)
+        made.push({ kind: "pause", from: before, to: start, title: `waited for attempt ${each.attempt}` });
       const took = duration(between(each.started_at, each.ended_at, now()));
       const title = [`attempt ${each.attempt}: ${each.status}`, took, each.error].filter(Boolean).join(" · ");
       made.push({ kind: `try ${statusClass(each.status)}`, from: start, to: end, title });
       before = end;
     }
-    if (step.status === "retrying" && before !== null) made.push({ kind: "pause", from: before, to: scale.at(now()), title: "waits for the next attempt" });
+    if (step.status === "retrying" && before !== null)
+      made.push({ kind: "pause", from: before, to: scale.at(now()), title: "waits for the next attempt" });
     return made;
   }
 
@@ -248,7 +355,8 @@ export function waterfall() {
     active = Math.min(rows.length - 1, Math.max(0, at));
     const top = active * ROW;
     if (top < scroller.scrollTop) scroller.scrollTop = top;
-    else if (top + ROW > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = top + ROW - scroller.clientHeight;
+    else if (top + ROW > scroller.scrollTop + scroller.clientHeight)
+      scroller.scrollTop = top + ROW - scroller.clientHeight;
     if (open) location.hash = href("runs", run.id, "steps", rows[active].step.id);
     draw();
   }
@@ -265,12 +373,23 @@ export function waterfall() {
     if (event.target !== scroller || event.ctrlKey || event.metaKey || event.altKey) return;
     const row = rows[active];
     const many = Math.max(1, Math.floor(scroller.clientHeight / ROW) - 1);
-    const moves = { ArrowDown: active + 1, ArrowUp: active - 1, Home: 0, End: rows.length - 1, PageDown: active + many, PageUp: active - many };
+    const moves = {
+      ArrowDown: active + 1,
+      ArrowUp: active - 1,
+      Home: 0,
+      End: rows.length - 1,
+      PageDown: active + many,
+      PageUp: active - many,
+    };
     if (event.key in moves) move(moves[event.key], false);
     else if (event.key === "Enter" || event.key === " ") move(active, true);
     else if (event.key === "ArrowRight" && row?.has && !row.open) toggle(active);
     else if (event.key === "ArrowLeft" && row?.open) toggle(active);
-    else if (event.key === "ArrowLeft" && row?.depth > 0) move(rows.slice(0, active).findLastIndex((each) => each.depth < row.depth), false);
+    else if (event.key === "ArrowLeft" && row?.depth > 0)
+      move(
+        rows.slice(0, active).findLastIndex((each) => each.depth < row.depth),
+        false,
+      );
     else if (event.key === "Escape" && selected !== null) location.hash = href("runs", run.id);
     else return;
     event.preventDefault();
