@@ -20,7 +20,9 @@ def ui(
     ] = None,
     open_: Annotated[
         bool | None,
-        typer.Option("--open/--no-open", help="Open it in the browser. None: where stdout is a terminal."),
+        typer.Option(
+            "--open/--no-open", help="Open it in the browser. None: where stdout is a terminal with a screen."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
 ) -> None:
@@ -30,7 +32,7 @@ def ui(
     decide. It is one process beside those that run workflows, and needs none of their code.
     """
     where = folder()
-    from agentflow.ui.serve import Server, browser
+    from agentflow.ui.serve import Server, browser, has_browser
 
     server = Server(where, host, port)
     if not server.is_local:
@@ -45,6 +47,6 @@ def ui(
         print(orjson.dumps({"url": server.url, "port": server.port}).decode(), flush=True)
     else:
         print(server.url, flush=True)
-    wanted = sys.stdout.isatty() and not json if open_ is None else open_
+    wanted = sys.stdout.isatty() and not json and has_browser() if open_ is None else open_
     with browser(server.url, where) if wanted else contextlib.nullcontext() as opened:
         server.run(opened)

@@ -9,6 +9,8 @@ import os
 import secrets
 import signal
 import socket
+import sys
+import threading
 import webbrowser
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,7 +70,7 @@ class Server:
             for each in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(each, self._stop)
             if opened is not None:
-                opened()
+                threading.Thread(target=opened, daemon=True).start()  # it may take as long as the browser does
             await self._server.serve([self._socket])
 
         asyncio.run(main())
@@ -103,6 +105,11 @@ def _bound(host: str, port: int | None) -> socket.socket:
             why = error.strerror
     told = f"port {port}" if port is not None else f"ports {PORT} to {PORT + _PORTS - 1}"
     raise UsageError(f"{told} of {host} cannot be had ({why}). Another one: --port 9000, or --port 0 for any.")
+
+
+def has_browser() -> bool:
+    """Whether there is a screen for one: in a terminal without, one for text would take the terminal over."""
+    return sys.platform == "darwin" or any(os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
 
 
 @contextlib.contextmanager
