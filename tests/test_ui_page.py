@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,9 @@ from pydantic import BaseModel, Field
 
 import agentflow
 from agentflow import Retry, generate_content, human_task, ledger, runs, step, tasks, workflow
+from agentflow.scratch import open_journal
 from agentflow.testing import FakeModel
+from agentflow.worker import enrolled
 from tests.programs import run_program, start_program, write_program
 from tests.ui_server import Served, serve, until
 
@@ -91,31 +94,8 @@ def page(browser: Browser, ui: Served) -> Iterator[Page]:
 
 def ran(flow: Any, *args: Any) -> str:
     """Runs it; the run's id. In a loop of its own: playwright has one in this thread."""
-    found: list[str] = []
-
-    def run() -> None:
-        found.append(asyncio.run(flow.start(*args)).id)
-
-    agentflow_thread(run)
-    return found[0]
-
-
-def agentflow_thread(work: Any) -> None:
-    from threading import Thread
-
-    failed: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = Thread(target=guarded)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    with ThreadPoolExecutor(1) as thread:
+        return str(thread.submit(lambda: asyncio.run(flow.start(*args)).id).result())
 
 
 def open_tasks(run_id: str) -> list[str]:
@@ -376,9 +356,6 @@ def test_an_approval_on_the_page_lets_a_worker_in_another_process_complete_the_r
     run_id = ran(scope["expenses"], "Ada", 120)
     worker = write_program("import runpy\nsys.argv = ['agentflow', 'worker', 'page_app.py']\nrunpy.run_module('agentflow', run_name='__main__')", ui.folder, "worker.py")
     process = start_program(worker, ui.folder)
-    from agentflow.scratch import open_journal
-    from agentflow.worker import enrolled
-
     until(lambda: any(each["alive"] for each in enrolled(open_journal())))
     page.goto(f"{ui.url}#/tasks")
     task = page.locator(".items a", has_text="Pay Ada?")
@@ -629,6 +606,7 @@ def test_the_page_cannot_be_made_to_run_what_it_is_given(browser, ui):
     context.close()
 
 
+@pytest.mark.torture
 def test_after_a_new_start_the_page_says_to_open_the_new_address(browser, page, tmp_path):
     agentflow.journal.Journal.open(tmp_path / "journal").close()
     first = serve(tmp_path, "--port", "0")
@@ -648,7 +626,13 @@ def test_after_a_new_start_the_page_says_to_open_the_new_address(browser, page, 
 
 @pytest.mark.parametrize(
     "width, scheme",
-    [(1400, "dark"), (400, "light"), *(pytest.param(*each, marks=pytest.mark.torture) for each in ((1400, "light"), (1000, "light"), (1000, "dark"), (400, "dark")))],
+    [
+        (400, "light"),
+        *(
+            pytest.param(*each, marks=pytest.mark.torture)
+            for each in ((400, "dark"), (1000, "light"), (1000, "dark"), (1400, "light"), (1400, "dark"))
+        ),
+    ],
 )
 def test_text_is_legible_and_nothing_runs_out_of_the_page(browser, ui, width, scheme):
     run_id = ordered(f"Eve {scheme} {width}")
