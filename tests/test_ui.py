@@ -21,7 +21,20 @@ import pytest
 from pydantic import BaseModel, Field
 
 import agentflow
-from agentflow import Retry, Waiting, generate_content, human_task, ledger, rundocs, runs, step, tasks, tool, workflow
+from agentflow import (
+    Retry,
+    Waiting,
+    generate_content,
+    human_task,
+    ledger,
+    parallel,
+    rundocs,
+    runs,
+    step,
+    tasks,
+    tool,
+    workflow,
+)
 from agentflow.scratch import open_journal
 from agentflow.testing import FakeModel, ToolCall
 from agentflow.ui.prompts import answer, conversation
@@ -167,6 +180,45 @@ def test_after_an_answer_the_step_is_waited_and_what_was_recorded_before_is_repl
     assert found["Ship?"]["task"] == task and waited["status"] == "waited"
     assert waited["started_at"] == tasks.get(task).created_at.isoformat() < found["Ship?"]["started_at"]  # since it was opened
     assert found["charge"]["replayed"] and not found["Ship?"]["replayed"] and ui.run(run_id)["executions"] == 2
+
+
+@workflow("ui-pending")
+async def pending(ctx) -> None:
+    async def outer() -> None:
+        await step("within", lambda: 1)
+        await human_task("approve", title="Now?")
+
+    await parallel([step("outer", outer), ctx.sleep("1h"), ctx.wait_for_event("ui-never", timeout="2h")])
+
+
+def test_sleeps_events_and_steps_inside_which_somebody_is_waited_for_are_waiting(ui):
+    found = ui.run(ran(pending))
+    assert found["status"] == "waiting" and {wait["kind"] for wait in found["waiting_on"]} == {"task", "sleep", "event"}
+    rows = {each["name"]: each for each in found["steps"]}
+    kinds = {each["kind"]: each["status"] for each in found["steps"] if each["name"] != "within"}
+    assert kinds == {"step": "waiting", "human": "waiting", "sleep": "waiting", "event": "waiting"}
+    assert rows["within"]["status"] == "completed" and rows["within"]["parent_id"] == rows["outer"]["id"]
+    assert rows["Now?"]["parent_id"] == rows["outer"]["id"] and rows["Now?"]["task"] == found["tasks"][0]["id"]
+
+
+@workflow("ui-undone")
+async def undone(ctx, n: int) -> None:
+    await step("charge", lambda: "paid", compensate=lambda result: None)
+    await step("keyed", lambda: n, idempotency_key="ui-the-one")
+
+    def fail() -> None:
+        raise ValueError("no stock")
+
+    await step("ship", fail)
+
+
+def test_what_was_undone_says_so_and_what_a_key_found_in_another_run_names_it(ui):
+    first, second = ran(undone, 1), ran(undone, 2)
+    rows = ui.steps(first)
+    assert rows["charge"]["status"] == "undone" and rows["ship"]["status"] == "failed"
+    assert any(each["kind"] == "compensation" for each in rows.values())
+    assert rows["keyed"]["reused_from"] is None
+    assert ui.steps(second)["keyed"]["reused_from"] == first and ui.step(second, "keyed")["output"] == 1
 
 
 @workflow("ui-child")
@@ -581,6 +633,19 @@ def test_the_command_needs_a_journal_and_makes_none(tmp_path):
     )
     assert done.returncode == 4 and done.stdout == "" and "no journal in" in done.stderr
     assert not (tmp_path / "journal").exists()
+
+
+def test_the_address_alone_is_on_stdout(tmp_path):
+    small.run_sync(1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agentflow", "ui", "--port", "0"],
+        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    address = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert address.startswith("http://127.0.0.1:") and "/?token=" in address and rest == ""
+    assert process.returncode == 0 and str(tmp_path / "journal") in err
 
 
 def test_a_journal_that_is_gone_is_said_to_be_and_not_made_anew(tmp_path):

@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import date, datetime
+from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -420,6 +421,8 @@ class Receipt(BaseModel):
     lines: list[Line]
     note: str | None = None
     number: int | None = None
+    fee: Decimal | None = None
+    at: datetime | None = None
     more: dict[str, int] = {}
 
 
@@ -453,6 +456,8 @@ def test_a_form_is_made_from_the_schema_and_refused_values_are_told_at_their_fie
     answer.click()
     expect(field(".more").locator(".error")).to_contain_text("This is not JSON")
     field(".more").locator("textarea").fill('{"a": 1}')
+    field(".fee").locator("input").fill("0.10")
+    field(".at").locator("input").fill("2026-01-31T12:30")
     answer.click()
     expect(field(".amount").locator(".error")).to_contain_text("'many' has to be a whole number")
     expect(field(".amount").locator("input")).to_have_attribute("aria-invalid", "true")
@@ -469,7 +474,7 @@ def test_a_form_is_made_from_the_schema_and_refused_values_are_told_at_their_fie
     lines = [{"what": "thing 1", "price": 1}, {"what": "thing 2", "price": 2}]
     assert runs.get(run_id).result() == Receipt(
         amount=9007199254740993, urgent=True, kind=Kind.FOOD, day=date(2026, 1, 31), shop={"what": "the corner", "price": 3},
-        lines=lines, more={"a": 1},
+        lines=lines, more={"a": 1}, fee=Decimal("0.10"), at=datetime.fromisoformat("2026-01-31T12:30:00+01:00"),
     )  # fmt: skip
 
 
