@@ -34,7 +34,7 @@ export function decide(task, decided) {
       h(
         "div",
         { class: "field" },
-        h("label", { for: "by" }, "By ", h("span", { class: "muted" }, "your name, kept with the decision")),
+        h("label", { for: "by" }, "By ", h("span", { class: "muted" }, "your name")),
         by,
       ),
       h(

@@ -163,7 +163,7 @@ export function waterfall() {
         },
         text,
       );
-    const near = (at) => scale.folds.some((fold) => at > fold.from - 0.06 && at < fold.to + 0.02);
+    const near = (at) => scale.folds.some((fold) => at > fold.from - 80 / width && at < fold.to + 20 / width);
     put(
       axis,
       h(
