@@ -31,12 +31,7 @@ export function decide(task, decided) {
     h(
       "div",
       { class: "who" },
-      h(
-        "div",
-        { class: "field" },
-        h("label", { for: "by" }, "By ", h("span", { class: "muted" }, "your name")),
-        by,
-      ),
+      h("div", { class: "field" }, h("label", { for: "by" }, "By ", h("span", { class: "muted" }, "your name")), by),
       h(
         "div",
         { class: "field" },
