@@ -50,7 +50,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for the tests of this file; each test has workflows of its own."""
     folder = tmp_path_factory.mktemp("ui")
     agentflow.journal.Journal.open(folder / "journal")
-    served = serve(folder, "--port", "0")
+    served = serve(folder, "--port", "0", shared=True)
     yield served
     assert served.stop() == 0
     assert served.err.read_text().count("Traceback") == 0, served.err.read_text()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from tests.programs import ROOT, environment
+from tests.programs import ROOT, environment, running
 
 
 @dataclass
@@ -88,14 +88,19 @@ class Served:
         return code
 
 
-def serve(folder: Path, *args: str, env: dict[str, str] | None = None) -> Served:
-    """Start ``agentflow ui`` over the journal ``folder / "journal"`` and wait until it has said where it is."""
+def serve(folder: Path, *args: str, env: dict[str, str] | None = None, shared: bool = False) -> Served:
+    """Start ``agentflow ui`` over the journal ``folder / "journal"`` and wait until it has said where it is.
+
+    What a failed test leaves running is killed after it, unless it is ``shared`` by others.
+    """
     err = folder / f"ui-{time.monotonic_ns()}.err"
     with err.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "agentflow", "ui", "--json", "--no-open", *args],
             cwd=ROOT, env=environment(folder, env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True,
         )  # fmt: skip
+    if not shared:
+        running.append(process)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
