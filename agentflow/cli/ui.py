@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Annotated
 
@@ -42,11 +41,14 @@ def ui(
             f"machine: ssh -L {server.port}:127.0.0.1:{server.port} user@here"
         )
     output.words(f"ui · {where} · Ctrl-C ends it. Open:")
-    if json:
-        # Not by output.data(), which would mask the token.
-        print(orjson.dumps({"url": server.url, "port": server.port}).decode(), flush=True)
-    else:
-        print(server.url, flush=True)
     wanted = sys.stdout.isatty() and not json and has_browser() if open_ is None else open_
-    with browser(server.url, where) if wanted else contextlib.nullcontext() as opened:
-        server.run(opened)
+    with browser(server.url, where) as show:
+
+        def ready() -> None:
+            # Not by output.data(), which would mask the token.
+            data = orjson.dumps({"url": server.url, "port": server.port}).decode()
+            print(data if json else server.url, flush=True)
+            if wanted:
+                show()
+
+        server.run(ready)

@@ -62,15 +62,14 @@ class Server:
         )
         self._server.config.timeout_graceful_shutdown = 3
 
-    def run(self, opened: Callable[[], None] | None = None) -> None:
-        """Serve until SIGINT or SIGTERM; ``opened`` is called once connections are taken."""
+    def run(self, ready: Callable[[], None]) -> None:
+        """Serve until SIGINT or SIGTERM; ``ready`` is called as soon as these end it as they should."""
 
         async def main() -> None:
             loop = asyncio.get_running_loop()
             for each in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(each, self._stop)
-            if opened is not None:
-                threading.Thread(target=opened, daemon=True).start()  # it may take as long as the browser does
+            ready()
             await self._server.serve([self._socket])
 
         asyncio.run(main())
@@ -121,6 +120,9 @@ def browser(url: str, folder: Path) -> Iterator[Callable[[], None]]:
     file = folder / f"new-ui-{os.getpid()}.html"
 
     def open_() -> None:
+        threading.Thread(target=to_browser, daemon=True).start()  # it may take as long as the browser does
+
+    def to_browser() -> None:
         text = f'<!doctype html><meta http-equiv="refresh" content="0;url={html.escape(url)}"><title>agentflow</title>'
         with open(file, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as made:
             made.write(text)
