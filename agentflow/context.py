@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from agentflow.records import StepRecord
 
 
-def view(row: Row, *, replayed: bool = False) -> StepRecord:
-    """A stored row as the record people see."""
+def view(row: Row, *, replayed: bool = False, with_output: bool = True) -> StepRecord:
+    """A stored row as the record people see; without its output, and the usage that stands in it, it is read faster."""
     head = row.head
     output, usage, cost = None, None, head.get("cost")
-    if head["status"] == "completed" and not head.get("secret"):
+    if with_output and head["status"] == "completed" and not head.get("secret"):
         try:
             output = codec.look(row.output)
         except Exception as error:  # a type that is gone must not hide the rest of the record

@@ -316,7 +316,8 @@ def _attempts(call: Call, again: int) -> Process:
     attempt, sample, free = state.failed + 1, state.sample, 0
     doubt = int(state.started)  # kept with the attempt that was in doubt: the record may be another process's
     asked = time.time()
-    started = state.since or ex.clock()
+    began = ex.clock()
+    started = state.since or began
     order = ex.next()
     while True:
         if ex.suspended or ex.overdue():
@@ -370,6 +371,7 @@ def _attempts(call: Call, again: int) -> Process:
                 "free": lent,
                 "sample": sample,
                 "t0": started,
+                "began": began,
                 "t1": ended,
                 "delay": delay,
                 "error": data,
@@ -389,8 +391,11 @@ def _attempts(call: Call, again: int) -> Process:
                 break
             attempt += 0 if lent else 1
             ex.give_back(current)
+            began = ex.clock()
             continue
         head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
+        if began != started:
+            head["began"] = began
         head |= {"status": "failed", "error": codec.encode_exception(failure)}
         if call.kind == "ai":
             call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=True))
@@ -401,6 +406,8 @@ def _attempts(call: Call, again: int) -> Process:
             slot.n += 1
         raise ex.failure(call, head, replayed=False) from failure
     head = _head(call, current, slot, order, asked, started, attempt, sample, state.doubts)
+    if began != started:  # the last of several attempts, for the page
+        head["began"] = began
     if call.kind == "ai":
         call.extra_ops = (*call.extra_ops, *costs.judged(current, wasted=False))
     yield from _record(call, slot, head, text)

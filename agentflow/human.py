@@ -109,7 +109,12 @@ def _form(schema: Any) -> dict[str, Any] | None:
 
 def task_id(call: Call, again: int = 0) -> str:
     slot = call.ex.own_slot(call)
-    return "t-" + short(f"{call.ex.run_id}/{slot.id}.{slot.n + 1}" + (f"~{again}" if again else ""), 10)
+    return id_of_task(call.ex.run_id, slot.id, slot.n + 1, again)
+
+
+def id_of_task(run_id: str, slot: str, version: int, again: int = 0) -> str:
+    """The id of the task that is asked for at a slot, for the record of this version."""
+    return "t-" + short(f"{run_id}/{slot}.{version}" + (f"~{again}" if again else ""), 10)
 
 
 def command(ident: str, form: dict[str, Any] | None, kind: str = "") -> str:

@@ -339,6 +339,10 @@ class Journal:
         """The run's marks, oldest first. A line that was torn by a power loss is left out."""
         return self._marks.read(run_id)
 
+    def marked(self, run_id: str) -> int:
+        """The size of the run's side file in bytes: it changes with each mark. 0 when there is none."""
+        return self._marks.size(run_id)
+
     def clear_marks(self, run_id: str) -> None:
         """Remove the run's side file."""
         self._marks.clear(run_id)

@@ -69,6 +69,13 @@ class Marks:
                 lines.append(text.decode(errors="replace"))
         return lines
 
+    def size(self, run_id: str) -> int:
+        """The size of the run's side file in bytes; 0 when there is none."""
+        try:
+            return self.file(run_id).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def clear(self, run_id: str) -> None:
         """Remove the run's side file."""
         with self._lock:

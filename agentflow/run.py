@@ -405,6 +405,8 @@ class Execution(Places):
         if self.scratch:
             return
         line = {"o": call.occ, "v": slot.n + 1, "n": call.name, "i": slot.ident, "p": slot.place, "a": current.attempt}
+        # For people who look at the run meanwhile: when, in which execution, what, and inside which step.
+        line |= {"t": round(self.clock(), 3), "e": self.number, "k": call.kind, "s": call.here.scope}
         if call.wait is not None or call.kind == "agent":  # is never in doubt; what is inside has marks of its own
             line["v"] = -1
         self.journal.mark(self.run_id, orjson.dumps(line).decode())

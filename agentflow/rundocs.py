@@ -83,7 +83,26 @@ def lease_key(run_id: str) -> str:
 def listed(
     journal: Journal, *, status: str | None = None, workflow: str | None = None, limit: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Documents, newest first."""
+    """Documents, newest first; only those that are asked for are read."""
+    count = 0
+    for _, document in newest(journal, status=status):
+        if document is None or (workflow is not None and document["workflow"] != workflow):
+            continue
+        yield document
+        count += 1
+        if limit is not None and count >= limit:
+            return
+
+
+def newest(
+    journal: Journal, *, status: str | None = None, before: str | None = None
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """All runs, newest first, as places to go on from and documents; read one by one, as they are asked for.
+
+    Args:
+        status: only runs of this status: a run of another one that had to be looked at is given as None.
+        before: go on after this place. None: from the newest run.
+    """
     if status is not None and status not in STATUSES:
         raise UsageError(f"status={status!r} is none of {', '.join(STATUSES)}.")
     wanted = (
@@ -93,23 +112,23 @@ def listed(
         if status in ("running", "interrupted")
         else (status,)
     )
-    found: list[tuple[str, str]] = []
-    for each in wanted:
+
+    def of(each: str) -> Iterator[tuple[str, str]]:
         prefix = f"x/{each}/"
-        most = limit if workflow is None and status not in ("running", "interrupted") else None
-        found += [(key[len(prefix) :], run) for key, run in journal.scan(prefix, reverse=True, limit=most)]
-    count = 0
-    for _, run_id in sorted(found, reverse=True):
-        document = read(journal, run_id)
-        if document is None or (workflow is not None and document["workflow"] != workflow):
-            continue
-        document["status"] = status_of(journal, document)
-        if status is not None and document["status"] != status:
-            continue
-        yield document
-        count += 1
-        if limit is not None and count >= limit:
-            return
+        end = None if before is None else prefix + before
+        return ((key[len(prefix) :], run) for key, run in journal.scan(prefix, before=end, reverse=True))
+
+    import heapq  # a program that runs a workflow lists nothing
+
+    last = ""
+    for place, run_id in heapq.merge(*map(of, wanted), reverse=True):
+        document = None if place == last else read(journal, run_id)  # it may take on another status meanwhile
+        last = place
+        if document is not None:
+            document["status"] = status_of(journal, document)
+            if status is not None and document["status"] != status:
+                document = None
+        yield place, document
 
 
 def find(journal: Journal, run_id: str) -> dict[str, Any]:

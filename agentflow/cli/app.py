@@ -12,7 +12,7 @@ import typer
 
 import agentflow
 from agentflow import errors, layout
-from agentflow.cli import cost, demo, doctor, journal, output, plan, runs, tasks, worker
+from agentflow.cli import cost, demo, doctor, journal, output, plan, runs, tasks, ui, worker
 from agentflow.redact import redact
 from agentflow.settings import configure, settings
 
@@ -29,6 +29,7 @@ app.command("cost")(cost.cost)
 app.command("demo")(demo.demo)
 app.add_typer(journal.app, name="journal")
 app.command("worker")(worker.worker)
+app.command("ui")(ui.ui)
 app.command("doctor")(doctor.doctor)
 runs.app.command("plan")(plan.plan)
 app.command("plan")(plan.plan)

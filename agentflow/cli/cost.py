@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agentflow import costlines
+from agentflow import costlines, shapes
 from agentflow.cli import output
 from agentflow.records import money
 from agentflow.scratch import open_journal
@@ -26,7 +26,7 @@ def cost(
         raise typer.BadParameter(f"{by!r} is none of {', '.join(costlines.BY)}.", param_hint="--by")
     found = costlines.summary(open_journal(), by) if output.has_journal() else []
     if json:
-        return output.data([shape(line, by) for line in found])
+        return output.data([shapes.cost(line, by) for line in found])
     if not found:
         return output.words("Nothing was paid or saved yet.")
     rows = [_row(line, by) for line in found]
@@ -60,20 +60,3 @@ def _in_doubt(line: costlines.Line) -> str:
         return "-"
     calls = f"{line.in_doubt} {'call' if line.in_doubt == 1 else 'calls'}"
     return f"{calls}, unknown" if line.in_doubt_at_most is None else f"{calls}, up to {money(line.in_doubt_at_most)}"
-
-
-def shape(line: costlines.Line, by: str) -> dict[str, Any]:
-    """One group in the JSON of ``cost``: dollars are numbers, null where no price is known."""
-    names = {"workflow": line.workflow, "step": line.name} if by == "step" else {by: line.name}
-    paid = Decimal(0) if line.paid is None and not line.unknown else line.paid
-    return names | {
-        "calls": line.calls,
-        "input_tokens": line.input_tokens,
-        "output_tokens": line.output_tokens,
-        "paid": output.dollars(paid),
-        "unknown": line.unknown,
-        "saved": output.dollars(line.saved),
-        "in_doubt": line.in_doubt,
-        "in_doubt_at_most": output.dollars(line.in_doubt_at_most),
-        "wasted": output.dollars(line.wasted),
-    }

@@ -20,7 +20,7 @@ import typer
 from rich.text import Text
 
 import agentflow
-from agentflow import runs, tasks
+from agentflow import runs, shapes, tasks
 from agentflow.cli import output
 from agentflow.errors import AgentflowError
 from agentflow.providers import resolve
@@ -168,8 +168,8 @@ class _Story:
             "model_calls": sum(step.kind == "ai" for run in done for step in run.steps),
             "steps": sum(len(run.steps) for run in done),
             "replayed": self.replayed,
-            "paid": output.dollars(_sum(run.cost for run in done)),
-            "saved": output.dollars(_sum(run.saved for run in done)),
+            "paid": shapes.dollars(_sum(run.cost for run in done)),
+            "saved": shapes.dollars(_sum(run.saved for run in done)),
         }
         refunded = next((run.id for run in done if run.status == "failed"), done[-1].id)
         path = "" if _found_by_itself(self.journal) else f"AGENTFLOW_PATH={shlex.quote(str(self.journal))} "

@@ -27,7 +27,9 @@ from agentflow.scratch import open_journal
 from agentflow.settings import settings
 from agentflow.store import DB_NAME
 
-_PACKAGES = ("openai", "anthropic", "pydantic", "diskcache", "tiktoken", "genai-prices", "cronsim")
+_PACKAGES = (
+    "openai", "anthropic", "pydantic", "diskcache", "tiktoken", "genai-prices", "cronsim", "starlette", "uvicorn",
+)  # fmt: skip
 _KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENROUTER_API_KEY", "AZURE_OPENAI_API_KEY")
 _LITTLE_SPACE = 200_000_000
 Check = tuple[str, bool | None, str]

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from agentflow.settings import settings
 from agentflow.shown import clean, json_text
 
 __all__ = [
-    "cell", "clean", "console", "data", "dollars", "fields", "has_journal", "json_text", "table", "when", "words",
+    "cell", "clean", "console", "data", "fields", "has_journal", "json_text", "table", "when", "words",
 ]  # fmt: skip
 
 STYLES = {
@@ -83,11 +82,6 @@ def words(text: str) -> None:
 def data(value: Any) -> None:
     """JSON on stdout."""
     sys.stdout.write(json_text(value, indent=True) + "\n")
-
-
-def dollars(value: Decimal | None) -> float | None:
-    """Money in JSON: a number of dollars, null when unknown."""
-    return None if value is None else float(value)
 
 
 def when(moment: datetime | None) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from agentflow import codec, loading, rundocs
+from agentflow import codec, loading, rundocs, shapes
 from agentflow.cli import output
 from agentflow.errors import RunNotFound, UsageError
 from agentflow.scratch import open_journal
@@ -58,10 +58,10 @@ def plan(
     if not json:
         return print(found)
     steps = [
-        {"name": s.name, "state": s.state, "reason": s.reason, "diff": s.diff, "cost": output.dollars(s.cost)}
+        {"name": s.name, "state": s.state, "reason": s.reason, "diff": s.diff, "cost": shapes.dollars(s.cost)}
         for s in found.steps
     ]
-    output.data({"id": found.run_id, "workflow": flow.name, "steps": steps, "cost": output.dollars(found.dollars)})
+    output.data({"id": found.run_id, "workflow": flow.name, "steps": steps, "cost": shapes.dollars(found.dollars)})
 
 
 def _arguments(flow: Any, text: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from agentflow import replies, runs
+from agentflow import replies, runs, shapes
 from agentflow.cli import output
 from agentflow.cli.complete import complete_run
 from agentflow.cli.watch import follow, waits
@@ -19,7 +19,7 @@ from agentflow.errors import BudgetExceeded, JournalError, RunBusy, RunCancelled
 from agentflow.handles import Run
 from agentflow.loading import load
 from agentflow.purge import Purged
-from agentflow.records import StepRecord, moment, money
+from agentflow.records import StepRecord, money
 from agentflow.rundiff import StepDifference
 
 app = typer.Typer(help="What ran, and what its steps did.", no_args_is_help=True, rich_markup_mode=None)
@@ -52,7 +52,7 @@ def list_(
     """Runs, newest first."""
     found = runs.list(status=status, workflow=workflow, limit=limit) if output.has_journal() else []
     if json:
-        return output.data([summary(run) for run in found])
+        return output.data([shapes.summary(run) for run in found])
     if not found:
         return output.words("No runs.")
     output.table(
@@ -70,7 +70,7 @@ def show(run_id: RUN, json: JSON = False) -> None:
     run = _found(run_id)
     steps = run.steps
     if json:
-        return output.data(full(run))
+        return output.data(shapes.full(run))
     took = (run.completed_at - run.started_at).total_seconds() if run.completed_at else None
     output.fields(
         (
@@ -144,7 +144,7 @@ def diff(run_id: RUN, other: OTHER, json: JSON = False) -> None:
         return output.data(
             {name: getattr(found, name) for name in ("left", "right", "same", "input", "output")}
             | {"first": found.first.name if found.first else None}
-            | {name: output.dollars(getattr(found, name)) for name in ("left_cost", "right_cost", "cost")}
+            | {name: shapes.dollars(getattr(found, name)) for name in ("left_cost", "right_cost", "cost")}
             | {"steps": [_step_difference(each) for each in found.steps]}
         )
     for line in str(found).splitlines():
@@ -153,7 +153,7 @@ def diff(run_id: RUN, other: OTHER, json: JSON = False) -> None:
 
 def _step_difference(each: StepDifference) -> dict[str, Any]:
     names = ("name", "state", "what", "given", "output")
-    costs = {name: output.dollars(getattr(each, name)) for name in ("left_cost", "right_cost")}
+    costs = {name: shapes.dollars(getattr(each, name)) for name in ("left_cost", "right_cost")}
     return {name: getattr(each, name) for name in names} | costs
 
 
@@ -274,7 +274,7 @@ def _go_on(run: Run, module: str | None, json: bool, *, needed: bool = True) -> 
 
 def _told(run: Run, json: bool) -> None:
     if json:
-        return output.data(full(run))
+        return output.data(shapes.full(run))
     output.console().print(output.cell(f"{run.id} {run.status}"))
     if run.status == "completed" and run.output is not None:
         output.console().print(output.cell(output.json_text(run.output)))
@@ -312,7 +312,7 @@ def cancel(
         raise RunNotFound(f"no run {run_id!r}.")
     run = runs.cancel(run_id, compensate=compensate)
     if json:
-        return output.data(summary(run))
+        return output.data(shapes.summary(run))
     output.console().print(output.cell(f"{run.id} {run.status}"))
     if run.status != "cancelled":
         output.words("Its compensations run, and it is cancelled, when its program runs it again.")
@@ -328,38 +328,3 @@ def _row(record: StepRecord) -> tuple[Any, ...]:
         money(record.cost) if record.cost is not None or record.model else None,
         record.model,
     )
-
-
-def _with_moments(wait: dict[str, Any]) -> dict[str, Any]:
-    """Times as in all other JSON here, not as seconds since 1970."""
-    return wait | {name: moment(wait[name]) for name in ("deadline", "until", "remind_at") if name in wait}
-
-
-def summary(run: Run) -> dict[str, Any]:
-    """One run in the JSON of ``runs list``."""
-    return {
-        "id": run.id,
-        "workflow": run.workflow,
-        "status": run.status,
-        "started_at": run.started_at,
-        "completed_at": run.completed_at,
-        "cost": output.dollars(run.cost),
-        "saved": output.dollars(run.saved),
-        "waiting_on": [_with_moments(wait) for wait in run.waiting_on],
-        "error": run.error,
-    }
-
-
-def full(run: Run) -> dict[str, Any]:
-    """One run in the JSON of ``runs show``, and of the commands that go on with one."""
-    more = {name: getattr(run, name) for name in ("parent", "forked_at", "tick", "input", "output")}
-    return summary(run) | more | {"steps": [step(each) for each in run.steps]}
-
-
-def step(record: StepRecord) -> dict[str, Any]:
-    """One step in the JSON of ``runs show``."""
-    names = (
-        "name", "id", "kind", "status", "started_at", "completed_at", "duration", "attempts", "idempotency_key",
-        "output", "error", "usage", "model", "parent", "in_doubt",
-    )  # fmt: skip
-    return {name: getattr(record, name) for name in names} | {"cost": output.dollars(record.cost)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from agentflow import tasks
+from agentflow import shapes, tasks
 from agentflow.cli import output
 from agentflow.errors import TaskNotFound
 from agentflow.records import HumanTask
@@ -33,7 +33,7 @@ def list_(
     wanted = status or (None if all_ else "open")
     found = tasks.list(status=wanted, run_id=run, assign_to=for_) if output.has_journal() else []
     if json:
-        return output.data([shape(task) for task in found])
+        return output.data([shapes.task(task) for task in found])
     if not found:
         return output.words("No tasks." if all_ else f"No {wanted} tasks.")
     output.table(
@@ -48,7 +48,7 @@ def show(task_id: TASK, json: JSON = False) -> None:
     _needed(task_id)
     task = tasks.get(task_id)
     if json:
-        return output.data(shape(task))
+        return output.data(shapes.task(task))
     decision = task.decision
     output.fields(
         (
@@ -118,7 +118,7 @@ def _needed(task_id: str) -> None:
 
 def _decided(task: HumanTask, json: bool) -> None:
     if json:
-        output.data(shape(task))
+        output.data(shapes.task(task))
     else:
         output.console().print(output.cell(f"{task.id} {task.status}"))
     output.words(f"Run {task.run_id} goes on when its program runs again.")
@@ -127,12 +127,3 @@ def _decided(task: HumanTask, json: bool) -> None:
 def _who(task: HumanTask) -> str:
     names = [task.assign_to] if isinstance(task.assign_to, str) else task.assign_to
     return ", ".join(names or ()) or "anybody"
-
-
-def shape(task: HumanTask) -> dict[str, Any]:
-    """One task in the JSON of ``tasks list``."""
-    names = (
-        "id", "run_id", "workflow", "type", "assign_to", "status", "title", "data", "schema", "created_at", "deadline",
-        "decision", "digest", "trail",
-    )  # fmt: skip
-    return {name: getattr(task, name) for name in names} | {"refused": task.extra["refused"]}

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from agentflow import runs
+from agentflow import runs, shapes
 from agentflow.cli import output
 from agentflow.durations import words
 from agentflow.handles import Run
@@ -64,7 +64,7 @@ class _Watcher:
             self.steps.add(known)
             if self.json:
                 facts = ("name", "id", "kind", "status", "attempts", "duration", "completed_at", "error")
-                cost = {"cost": output.dollars(step.cost)}
+                cost = {"cost": shapes.dollars(step.cost)}
                 _line({"event": "step", "run": run.id} | {name: getattr(step, name) for name in facts} | cost)
             else:
                 output.console().print(output.cell(self._step_line(run, step)), soft_wrap=True)
@@ -83,7 +83,7 @@ class _Watcher:
         if self.json:
             return _line(
                 {"event": "status", "run": run.id, "status": run.status, "error": run.error}
-                | {"waiting_on": run.waiting_on, "cost": output.dollars(run.cost)}
+                | {"waiting_on": run.waiting_on, "cost": shapes.dollars(run.cost)}
             )
         line = output.cell(f"{run.id} {run.status}", output.STYLES.get(run.status, ""))
         output.console().print(line, soft_wrap=True)
