@@ -132,11 +132,13 @@ def not_at_hand(call: Call) -> Process:
         return (yield from _keyed(call))
     if ex.scratch:
         return (yield from _claimed(call))
+    # Asked first: what comes back after its record was looked for is not run again.
+    still = in_flight.get((ex.journal.id, ex.run_id, call.occ)) if in_flight else None
     # What the call had claimed was judged by at_hand, but for a run with results of its own.
     row = (yield from find(call)) if call.slot is None or ex.results else None
     if row is not None:
         return ex.deliver(call, row)
-    return (yield from _run(call))
+    return (yield from _run(call, still=still))
 
 
 def _supplied(call: Call, given: str) -> Process:
@@ -272,13 +274,13 @@ def _claimed(call: Call) -> Process:
             claim.release()
 
 
-def _run(call: Call, again: int = 0) -> Process:
+def _run(call: Call, again: int = 0, still: Any = None) -> Process:
     """``_attempts``; whoever observes the run hears of them."""
-    steps = _attempts(call, again)
+    steps = _attempts(call, again, still)
     return watched(call, steps) if call.ex.observers else steps
 
 
-def _attempts(call: Call, again: int) -> Process:
+def _attempts(call: Call, again: int, still: Any) -> Process:
     """Attempts until one succeeds or no more are allowed; then the record."""
     ex, options = call.ex, call.options
     if ex.plan:
@@ -297,7 +299,8 @@ def _attempts(call: Call, again: int) -> Process:
         if ops := call.adopt(call):
             yield ("commit", ops, False)
     slot = ex.own_slot(call)
-    if (still := in_flight.get((ex.journal.id, ex.run_id, call.occ))) is not None:
+    still = still or in_flight.get((ex.journal.id, ex.run_id, call.occ))
+    if still is not None:
         ex.say(f"{call.name}: is still running from before; waiting for it")
         yield ("join", still)
         ex.records.load(f"{slot.ident}/")
@@ -450,6 +453,7 @@ def keep_late(current: Current, result: Any) -> None:
         kept = ex.journal.commit([row], fence=ex.own_fence())[0]
     if kept:
         slot.n = max(slot.n, n)
+        ex.came_back(slot)
         ex.say(f"{call.name}: came back after it had been given up; its result is recorded")
 
 

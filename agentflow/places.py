@@ -38,6 +38,7 @@ class Places:
         self._ns: dict[tuple[str, str], str] = {}
         self._asks: dict[str, int] = {}
         self._ids: dict[str, set[str]] = {}
+        self._given_back: set[Slot] = set()
         self.on_way: dict[Slot, Any] = {}  # model calls that were sent and whose caller was cancelled
         self._live_branches: dict[str, set[tuple[str, str]]] = {}
         self._patient: Counter[str] = Counter()
@@ -269,10 +270,17 @@ class Places:
         for slot in failed.taken:
             # One without a record may still be running, and is waited for. A model call on its way is that where it is
             # made; and what an attempt out of time has left running is not waited for, but records beside the next.
+            self._given_back.add(slot)
             if slot.n >= 0 or failed.over or slot in self.on_way:
-                self.records.release(slot)
+                self.came_back(slot)
         for counts, key in failed.asked:
             counts.pop(key, None)
+
+    def came_back(self, slot: Slot) -> None:
+        """What a failed attempt had left running has a record now: the next attempt may ask for it. In any thread."""
+        with contextlib.suppress(KeyError):
+            self._given_back.remove(slot)  # by one alone
+            self.records.release(slot)
 
     def own_slot(self, call: Call) -> Slot:
         """The slot to which this call's next version is added; fixes the call's id with it."""

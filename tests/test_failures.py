@@ -797,6 +797,32 @@ def test_a_retried_outer_step_tries_a_failed_inner_step_again_and_keeps_the_othe
     assert counts(folder) == {"a": 1, "b": 3, "c": 1}
 
 
+def test_what_comes_back_between_a_failed_attempt_and_the_next_one_is_not_run_again(folder: Path) -> None:
+    def slow() -> str:
+        note("slow")
+        until(lambda: is_set("go"), what="the flag")
+        return "slow"
+
+    async def fail() -> str:
+        await asyncio.to_thread(until, lambda: counts(folder)["slow"], what="its sibling")
+        if current_step().attempt == 1:
+            raise ConnectionError("later")
+        return "fine"
+
+    async def outer() -> list[str]:
+        if current_step().attempt == 2:
+            flag("go")
+            await asyncio.to_thread(until, lambda: list(_rows(folder, "s/")), what="the result of the first attempt")
+        return list(await asyncio.gather(step("slow", slow), fail()))
+
+    @workflow
+    async def trip(ctx: Any) -> list[str]:
+        return await step("outer", outer, retry={"max_attempts": 2, **QUICK})
+
+    assert trip.run_sync() == ["slow", "fine"]
+    assert notes(folder) == ["slow"]
+
+
 NESTED = """
 def charge():
     note("charge " + current_step().idempotency_key)

@@ -218,6 +218,7 @@ def fresh_counts() -> None:
 RAN: Counter[str] = Counter()
 SWITCH: set[str] = set()
 LOCK = threading.Lock()
+THREE = threading.Barrier(3)
 
 
 def then() -> str:
@@ -283,7 +284,7 @@ def test_plain_code_keeps_to_concurrency_too() -> None:
         with LOCK:
             RAN["now"] += 1
             RAN["most"] = max(RAN["most"], RAN["now"])
-        time.sleep(0.004)
+        THREE.wait(60)  # fewer at once would never get on
         with LOCK:
             RAN["now"] -= 1
         return i
