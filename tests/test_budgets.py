@@ -444,7 +444,7 @@ async def test_a_note_that_stayed_behind_in_this_process_counts_and_holds_nobody
     till: Till, journal: Journal
 ) -> None:
     facts = {"run": "r", "workflow": "w", "step": "s", "call": "s", "model": MODEL, "at_most": "0.04"}
-    row = json.dumps({**facts, "owner": lease.this_process()})
+    row = json.dumps({**facts, "owner": lease.this_process(journal)})
     journal.commit([Add(f"lr/{int(time.time() * 1000):014d}/r/s/1", row)])
     agentflow.configure(budget="0.05/month")
     with pytest.raises(BudgetExceeded, match=r"\$0\.04 of it is spent"):

@@ -922,7 +922,7 @@ from agentflow import layout
 layout.can_map = lambda folder: {mapped}
 from agentflow.journal import Add, Fence, Journal, Put
 journal = Journal.open(Path({str(folder)!r}))
-assert (journal._counter is not None) is {mapped}
+assert (journal._backend._counter is not None) is {mapped}
 journal.commit([Put("lease/r", '{{"token":7,"pid":1}}')])
 fence = Fence("lease/r", 7)
 for i in range(7):

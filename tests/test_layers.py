@@ -20,11 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent / "agentflow"
 # Lowest first. A module imports from lower layers only, also inside functions. A new module gets a layer here.
 LAYERS = [
     {"batchserver", "cancelled", "digests", "errors", "models", "plain", "words", "workers"},
-    {"redact"},
+    {"ops", "pgurl", "redact"},
     {"voice"},
     {"calls", "canonical", "codec.common", "cron", "durations", "files", "ledger", "line", "marks", "network", "providers.streams", "schema", "store", "tokens", "typecheck"},
-    {"bytecode", "clocks", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
-    {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "providers.openai", "reads", "writer"},
+    {"bytecode", "clocks", "commits", "limits", "codec.classes", "codec.tree", "compare", "layout", "prompts", "providers.common", "records", "spill"},
+    {"codec.values", "codedigest", "taskdocs", "create", "outputtypes", "providers.anthropic", "postgres", "providers.openai", "reads", "writer"},
+    {"pgsql"},
+    {"pgreads", "pgwriter"},
+    {"folder", "pgjournal"},
     {"capture", "codec.arrays", "codec.exceptions", "journal", "providers.batching", "providers.openai_chat"},
     {"codec.objects", "index", "lease", "providers.registry"},
     {"background", "children", "codec", "costs", "places", "providers", "reuse", "rundocs", "waits"},
@@ -41,7 +44,8 @@ LAYERS = [
     {"control", "events", "leftover"},
     {"context", "humantask", "purge", "redo", "rundiff", "steps", "tasks"},
     {"agent", "moments", "otherform"},
-    {"aicall", "export", "replies", "terminal", "upkeep"},
+    {"aicall", "export", "replies", "rowcheck", "terminal"},
+    {"upkeep"},
     {"embeddings", "handles"},
     {"childcalls"},
     {"opening"},
@@ -62,6 +66,7 @@ FOLDERS = ("cli", "demo")  # their files import one another freely
 # Who may import what is costly or may be exchanged.
 DOORS = {
     "diskcache": {"create"},
+    "psycopg": {"postgres"},
     "openai": {"providers.openai"},
     "anthropic": {"providers.anthropic"},
     "cronsim": {"cron"},
