@@ -148,7 +148,18 @@ def about_server(url: PostgresURL) -> list[tuple[str, bool, str]]:
 
 
 def _is_there(con: Connection, schema: str) -> bool:
-    return con.execute("SELECT to_regclass(%s)", (f'"{schema}".about',)).fetchone() != (None,)
+    return "about" in (_tables(con, schema) or ())
+
+
+def _tables(con: Connection, schema: str) -> list[str] | None:
+    """What a schema holds; None when there is no such schema."""
+    # Asked of the catalogue itself: to_regclass may go by what this session saw before it waited for its lock.
+    rows = con.execute(
+        "SELECT relname FROM pg_catalog.pg_namespace AS n LEFT JOIN pg_catalog.pg_class ON relnamespace = n.oid "
+        "WHERE nspname = %s ORDER BY relname",
+        (schema,),
+    ).fetchall()
+    return [name for (name,) in rows if name is not None] if rows else None
 
 
 def _check_server(con: Connection, url: PostgresURL) -> None:
@@ -195,14 +206,13 @@ def _store(con: Connection, url: PostgresURL) -> str:
 
 def _create(con: Connection, url: PostgresURL) -> None:
     schema = url.schema
-    others = con.execute("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace(%s)", (f'"{schema}"',))
-    strange = sorted(name for (name,) in others.fetchall())
+    strange = _tables(con, schema)
     if strange:
         raise JournalForeign(
             f"{url}: the schema {schema} holds something else than a journal ({', '.join(strange[:3])}). Name another "
             "one: ?schema=... Nothing was changed."
         )
-    if con.execute("SELECT to_regnamespace(%s)", (f'"{schema}"',)).fetchone() == (None,):
+    if strange is None:
         con.execute(f'CREATE SCHEMA "{schema}"')
     con.execute(_TABLES.format(f'"{schema}"'))
     about = {

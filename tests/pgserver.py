@@ -105,6 +105,9 @@ class Server:
         secret = f":{password}" if password else ""
         return f"postgresql://{user}{secret}@127.0.0.1:{self.port}/{database}" + (f"?schema={schema}" if schema else "")
 
+    def socket_url(self, schema: str) -> str:
+        return f"postgresql://flow@/postgres?host={self.home}&port={self.port}&schema={schema}"
+
     def ask(self, query: str, *args: object, database: str = "postgres") -> list[tuple[Any, ...]]:
         """A statement by the superuser, through the socket."""
         import psycopg
