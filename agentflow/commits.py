@@ -60,12 +60,14 @@ class Job(Generic[T]):
 class NotNow(Exception):
     """The transaction could not be begun, or has to be repeated: another process is at work, or the server away.
 
-    ``error``: what it is for those who do not want to wait any longer; None: that the journal was busy.
+    ``error``: what it is for those who do not want to wait any longer; None: that the journal was busy. ``hopeless``:
+    nobody is to wait any longer.
     """
 
-    def __init__(self, error: JournalError | None = None) -> None:
+    def __init__(self, error: JournalError | None = None, *, hopeless: bool = False) -> None:
         super().__init__()
         self.error = error
+        self.hopeless = hopeless
 
 
 class Commits(ABC):
@@ -241,7 +243,7 @@ class Commits(ABC):
                 return
             except NotNow as now:
                 waited = time.monotonic() - started
-                late = [job for job in jobs if waited >= self._patience(job)]
+                late = [job for job in jobs if now.hopeless or waited >= self._patience(job)]
                 for job in late:
                     jobs.remove(job)
                     job.error = now.error or self._busy(self._patience(job))

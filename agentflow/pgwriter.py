@@ -81,12 +81,12 @@ class PgWriter(Commits):
     longest_pause = LONGEST_PAUSE
 
     def __init__(self, url: PostgresURL, sql: Sql, lock: int, clock: Clock) -> None:
-        super().__init__(url)
+        self._link = Link(url)
+        super().__init__(url, busy_seconds=self._link.patience)
         self._url = url
         self._sql = sql
         self._number = lock
         self._clock = clock
-        self._link = Link(url)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -94,7 +94,6 @@ class PgWriter(Commits):
         self._count = 0
         # The jobs of a transaction that may be committed, and what is to be called if it is.
         self._unsure: tuple[list[Job[Any]], Callable[[], None] | None] | None = None
-        self._waits = False
 
     def may_inline(self, loop: object) -> bool:
         return False
@@ -139,7 +138,6 @@ class PgWriter(Commits):
             except BaseException:
                 self._link.drop()  # and with it whatever was left open
                 raise
-            self._waits = False
 
     def _commit(self, con: Connection, jobs: list[Job[Any]]) -> None:
         """One transaction for all jobs."""
@@ -255,9 +253,6 @@ class PgWriter(Commits):
         return failure
 
     def _not_now(self, failure: JournalError) -> NotNow:
-        if not self._waits:
-            log.warning("%s Commits wait up to %g s for it.", failure, self.busy_seconds)
-        self._waits = True
         if self._unsure is not None:
             failure = Unreachable(f"{failure} Whether the last commit was recorded is not known; run it again to see.")
-        return NotNow(failure)
+        return NotNow(failure, hopeless=self._link.hopeless(failure, "Commits"))

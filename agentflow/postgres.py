@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,9 @@ except ImportError as error:
         "pip install 'agentflow[postgres]', from the checkout pip install '.[postgres]'."
     ) from error
 
+# It tells of connections that break, as the errors do: to those who listen, and not to stderr.
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
+
 Connection = psycopg.Connection[tuple[Any, ...]]
 Error = psycopg.Error
 DataError = psycopg.DataError
@@ -42,6 +46,7 @@ _DEFAULTS = {
     "tcp_user_timeout": "30000",
     "target_session_attrs": "read-write",
 }
+PATIENCE = 30.0
 _FIRST_PAUSE = 0.02
 LONGEST_PAUSE = 0.5
 _REPEAT = ("40001", "40P01")  # serialization_failure, deadlock_detected
@@ -52,6 +57,7 @@ _HINTS = (
     ("no pg_hba.conf entry", "The server's pg_hba.conf does not let this user in from here."),
     ("database", "Create it first: createdb."),
     ("role", "Create it first: createuser."),
+    ("resolve host", "Check the host's name in the URL."),
     ("translate host name", "Check the host's name in the URL."),
     ("session is read-only", "It is a standby, or made read-only: name the server that can be written."),
     ("too many", "Close some connections, or raise max_connections; a process that uses a journal has two."),
@@ -65,11 +71,16 @@ class Link:
     Args:
         url: the database.
         setup: a statement that each new connection begins with; "" is none.
+
+    Attributes:
+        patience: seconds that a server is waited for, from when it was found to be away.
     """
 
     def __init__(self, url: PostgresURL, setup: str = "") -> None:
         self.url = url
         self.lock = threading.RLock()
+        self.patience = PATIENCE
+        self._away: float | None = None
         self._setup = setup
         self._con: Connection | None = None
 
@@ -87,7 +98,16 @@ class Link:
             con = self._con = connect(self.url)
             if self._setup:
                 con.execute(self._setup)
+            self._away = None
         return con
+
+    def hopeless(self, failure: JournalError, what: str) -> bool:
+        """Whether the server has been away for long enough; says so, the first time that it is found to be away."""
+        now = time.monotonic()
+        if self._away is None:
+            self._away = now
+            log.warning("%s %s wait up to %g s for it.", failure, what, self.patience)
+        return now - self._away >= self.patience
 
     @property
     def is_open(self) -> bool:
@@ -115,18 +135,16 @@ class Link:
         self.lock = threading.RLock()
         return con
 
-    def ask(self, query: str, args: Sequence[Any] = (), *, seconds: float = 30.0) -> list[tuple[Any, ...]]:
+    def ask(self, query: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """A query, or a change that may be made twice. While the server is away it is waited for.
 
         Args:
             query: one statement, with %s for each of the args.
             args: the values.
-            seconds: how long a server that cannot be reached is waited for.
 
         Raises:
             JournalError: it stayed away, or refuses.
         """
-        began: float | None = None
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -137,12 +155,7 @@ class Link:
                 failure, again = self.failed(error)
             except Unreachable as error:
                 failure, again = error, True
-            now = time.monotonic()
-            if began is None:
-                began = now
-                if again:
-                    log.warning("%s Waiting up to %g s for it.", failure, seconds)
-            if not again or now - began >= seconds:
+            if not again or self.hopeless(failure, "Reads"):
                 raise failure
             time.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)

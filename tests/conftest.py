@@ -41,14 +41,20 @@ _ENVIRONMENT = (
 
 
 @pytest.fixture(autouse=True)
-def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of this test's journal."""
+def journal_path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of this test's journal.
+
+    ``AGENTFLOW_TESTS_IN=postgres pytest tests/test_x.py`` has it in PostgreSQL instead, which any test will do that does
+    not look at files.
+    """
     for name in _ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "journal"
     prices = dict(ledger._PRICES)
     entries = dict(registry._entries)
     monkeypatch.setenv("AGENTFLOW_PATH", str(path))
+    if os.environ.get("AGENTFLOW_TESTS_IN") == "postgres":
+        monkeypatch.setenv("AGENTFLOW_PATH", _postgres_place(request.getfixturevalue("postgres_server")))
     yield path
     while programs.running:
         process = programs.running.pop()
@@ -62,6 +68,7 @@ def journal_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     scratch._scopes.clear()
     registry._entries.clear()
     registry._entries.update(entries)
+    _close_databases()
 
 
 @pytest.fixture(scope="session")
