@@ -12,14 +12,16 @@ class CuttingProxy:
     """Passes everything on to a server, until ``cut`` is set.
 
     ``cut``: ``"request"`` breaks the connection when a client sends ``word``, which the server then never hears;
-    ``"reply"`` lets the server hear it and do it, and breaks the connection before the answer has come. It happens
-    once; None passes everything.
+    ``"reply"`` lets the server hear it and do it, and breaks the connection before the answer has come;
+    ``"late"`` breaks the connection to the client at once, and lets the server hear the word when ``go_on`` is set. It
+    happens once; None passes everything.
     """
 
     def __init__(self, port: int, word: bytes) -> None:
         self.word = word
         self.cut: str | None = None
         self.cuts = 0
+        self.go_on = threading.Event()
         self._to = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -64,6 +66,9 @@ class _Pair:
                     if cut == "request":
                         break
                     self.heard = True
+                    if cut == "late":
+                        self.client.shutdown(socket.SHUT_RDWR)
+                        self.proxy.go_on.wait(60)
                 self.server.sendall(data)
         if not self.heard:
             self._close()

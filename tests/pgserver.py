@@ -61,7 +61,8 @@ class Server:
         word.write_text(PASSWORD)
         word.chmod(0o644)
         self._run(
-            "initdb", "-D", self.data, "-U", "flow", "-E", "UTF8", "--locale=C", "--auth-local=trust",
+            "initdb", "-D", self.data, "-U", "flow", "-E", "UTF8", "--locale=C", "--locale-provider=icu",
+            "--icu-locale=en-US", "--auth-local=trust",
             "--auth-host=scram-sha-256", f"--pwfile={word}", "--no-sync",
         )  # fmt: skip
         lines = [

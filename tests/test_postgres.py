@@ -179,7 +179,7 @@ def test_an_unknown_version_is_refused_and_never_rewritten(postgres_server: Serv
 
 
 def test_a_database_that_has_no_place_for_every_character_is_refused(postgres_server: Server) -> None:
-    postgres_server.ask("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    postgres_server.ask("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' LOCALE_PROVIDER libc TEMPLATE template0")
     with pytest.raises(JournalError, match=r"LATIN1.*--encoding=UTF8"):
         Journal.open(postgres_server.url(database="latin"))
 
@@ -671,6 +671,29 @@ async def test_commits_together_share_the_fate_of_a_broken_connection(cut: str, 
     )
     assert [type(result) for result in results] == [list] * 3 + [LeaseLost] + [list] * 4
     assert all(result == [True] for n, result in enumerate(results) if n != 3) and proxy.cuts == 1
+    assert [key for key, _ in journal.keys("k")] == ["k0", "k1", "k2", "k4", "k5", "k6", "k7"]
+
+
+def test_a_commit_that_the_server_has_yet_to_hear_of_is_waited_for(
+    cutting: tuple[CuttingProxy, Journal], postgres_server: Server
+) -> None:
+    proxy, journal = cutting
+    journal.commit([Put("n", "0")])
+    counts: list[int] = []
+
+    def count(txn: Any) -> int:
+        counts.append(int(txn.get("n")))
+        txn.put("n", str(counts[-1] + 1))
+        return counts[-1] + 1
+
+    proxy.cut = "late"
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(journal.guarded(count)))
+    thread.start()
+    until(lambda: waiting_for_locks(postgres_server) == 1 or results, "the process has come back, and waits")
+    proxy.go_on.set()
+    thread.join(60)
+    assert (results, counts, journal.get("n")) == ([1], [0], "1"), "it was done twice"
 
 
 def test_a_lease_taken_at_a_broken_connection_is_held_by_the_one_who_took_it(cutting: tuple[CuttingProxy, Journal]) -> None:
