@@ -8,8 +8,9 @@ from pathlib import Path
 
 from agentflow.errors import UsageError
 
-_URL = re.compile(r"(postgres(?:ql)?)://(?:([^/?#@]*)@)?([^?#]*)(?:\?([^#]*))?\Z")
-_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}\Z")
+# Compiled when there is a URL: most programs have none.
+_URL = r"(postgres(?:ql)?)://(?:([^/?#@]*)@)?([^?#]*)(?:\?([^#]*))?\Z"
+_NAME = r"[a-z_][a-z0-9_]{0,62}\Z"
 _SECRET = ("password", "sslpassword")
 SCHEMA = "agentflow"
 
@@ -30,7 +31,7 @@ class PostgresURL:
     __slots__ = ("_secrets", "_shown", "conninfo", "schema")
 
     def __init__(self, text: str) -> None:
-        match = _URL.match(text)
+        match = re.match(_URL, text)
         if match is None:
             raise UsageError(
                 "the journal's place begins like a PostgreSQL URL and is none. Write "
@@ -51,7 +52,7 @@ class PostgresURL:
             elif parameter:
                 kept.append(parameter)
                 shown.append(parameter)
-        if not _SCHEMA.match(self.schema):
+        if not re.match(_NAME, self.schema):
             raise UsageError(
                 f"?schema={self.schema}: the name of a schema has small letters, digits and _ here, 63 of them at most."
             )

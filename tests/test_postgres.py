@@ -26,6 +26,7 @@ from agentflow import Waiting, human_task, lease, runs, step, tasks, workflow
 from agentflow.errors import (
     JournalError,
     JournalForeign,
+    JournalIncomplete,
     JournalReadOnly,
     JournalVersionError,
     LeaseLost,
@@ -157,6 +158,22 @@ def test_a_user_without_rights_is_told_which_to_ask_for(postgres_server: Server,
     # A schema that somebody has made for it is enough.
     postgres_server.ask("CREATE SCHEMA of_guest AUTHORIZATION guest")
     assert Journal.open(postgres_server.url("of_guest", **guest)).commit([Add("a", "1")]) == [True]
+
+
+def test_a_server_that_takes_no_changes_is_named(postgres_server: Server, database: str) -> None:
+    Journal.open(database).close()
+    postgres_server.ask("CREATE ROLE reader LOGIN PASSWORD 'reader-word'")
+    postgres_server.ask("ALTER ROLE reader SET default_transaction_read_only = on")
+    with pytest.raises(JournalError, match="standby, or made read-only"):
+        Journal.open(postgres_server.url(place(database).schema, user="reader", password="reader-word"))  # type: ignore[union-attr]
+
+
+def test_a_schema_that_is_dropped_while_in_use_acknowledges_nothing_more(postgres_server: Server, journal: Journal) -> None:
+    journal.commit([Add("a", "1")])
+    postgres_server.ask(f"DROP SCHEMA {journal.path.schema} CASCADE")  # type: ignore[union-attr]
+    for use in (lambda: journal.commit([Add("b", "1")]), lambda: journal.get("a"), lambda: journal.mark("r", "x")):
+        with pytest.raises(JournalIncomplete, match="somebody has dropped it"):
+            use()
 
 
 def test_a_schema_that_holds_something_else_is_refused_and_left_alone(postgres_server: Server) -> None:
