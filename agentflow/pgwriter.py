@@ -27,7 +27,16 @@ from agentflow.errors import JournalBusy, JournalError, LeaseLost, UsageError
 from agentflow.ops import Add, Drop, Fence, Op, Put, Txn, check
 from agentflow.pgsql import BEGIN, CLOCK, LOCK_ALONE, LOCK_SHARED, SETTINGS, Clock, Sql
 from agentflow.pgurl import PostgresURL
-from agentflow.postgres import LOCK_NOT_AVAILABLE, LONGEST_PAUSE, Connection, DataError, Error, Link, Unreachable
+from agentflow.postgres import (
+    LOCK_NOT_AVAILABLE,
+    LONGEST_PAUSE,
+    Connection,
+    DataError,
+    Error,
+    Link,
+    Unreachable,
+    together,
+)
 from agentflow.reads import prefix_end
 from agentflow.voice import log
 
@@ -63,10 +72,11 @@ class PgTxn(Txn):
     def apply(self, ops: Sequence[Op]) -> list[bool]:
         if not ops:
             return []
-        # All are sent before the first answer is waited for.
-        with self._con.pipeline():
-            cursors = [self._con.execute(*self._sql.of(op)) for op in ops]
-        counts = [cursor.rowcount for cursor in cursors]
+        statements = [self._sql.of(op) for op in ops]
+        if len(statements) == 1:
+            counts = [self._con.execute(*statements[0]).rowcount]
+        else:
+            counts = [found.changed for found in together(self._con, statements)]
         self.changes += sum(counts)
         return [count > 0 or not isinstance(op, Add) for op, count in zip(ops, counts, strict=True)]
 
@@ -158,9 +168,7 @@ class PgWriter(Commits):
             return
         self._count += 1
         self._unsure = [job for job in jobs if job.error is None], done
-        with con.pipeline():
-            con.execute(self._sql.number, (self._id, self._count))
-            con.execute("COMMIT")
+        together(con, ((self._sql.number, (self._id, self._count)), ("COMMIT", ())))
         self._is_committed()
 
     def _is_committed(self) -> None:
@@ -177,17 +185,17 @@ class PgWriter(Commits):
         """Begins, and waits for the lock; the rows of the jobs' leases, which are locked, unless it is had alone."""
         patience = max(1, int(min(self._patience(job) for job in jobs) * 1000))
         fences = sorted({job.fence.key for job in jobs if job.fence is not None and not alone})
-        found = None
-        with con.pipeline():
-            con.execute(BEGIN)
-            con.execute(SETTINGS, (f"{patience}ms",))
-            con.execute(LOCK_ALONE if alone else LOCK_SHARED, (self._number,))
-            clock = con.execute(CLOCK)
-            if fences:
-                found = con.execute(self._sql.leases, (fences,))
-        ((now,),) = clock.fetchall()
-        self._clock.seen(now)
-        return {} if found is None else {key: value for key, value in found.fetchall()}
+        statements: list[tuple[str, Sequence[Any]]] = [
+            (BEGIN, ()),
+            (SETTINGS, (f"{patience}ms",)),
+            (LOCK_ALONE if alone else LOCK_SHARED, (self._number,)),
+            (CLOCK, ()),
+        ]
+        if fences:
+            statements.append((self._sql.leases, (fences,)))
+        _, _, _, clock, *leases = together(con, statements)
+        self._clock.seen(clock.rows[0][0])
+        return {key: value for found in leases for key, value in found.rows}
 
     def _apply(self, txn: PgTxn, jobs: list[Job[Any]], leases: dict[str, str]) -> None:
         """Jobs that are ops alone: those whose lease is held, all at once."""
@@ -227,14 +235,14 @@ class PgWriter(Commits):
     def _find_out(self, con: Connection) -> None:
         """Whether the transaction whose COMMIT was broken off is committed."""
         # It held the lock: to have that alone is to know that it has ended, if the server was still at it.
-        with con.pipeline():
-            con.execute(BEGIN)
-            con.execute(SETTINGS, ("5s",))
-            con.execute(LOCK_ALONE, (self._number,))
-            cursor = con.execute(self._sql.numbered, (self._id,))
-        rows = cursor.fetchall()
-        con.execute("ROLLBACK")
-        if rows == [(self._count,)]:
+        statements = (
+            (BEGIN, ()),
+            (SETTINGS, ("5s",)),
+            (LOCK_ALONE, (self._number,)),
+            (self._sql.numbered, (self._id,)),
+            ("ROLLBACK", ()),
+        )
+        if together(con, statements)[3].rows == [(self._count,)]:
             self._is_committed()
         self._unsure = None
 

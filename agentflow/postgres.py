@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentflow.errors import (
     JournalBusy,
@@ -197,6 +197,28 @@ def connect(url: PostgresURL) -> Connection:
         return psycopg.connect(url.conninfo, autocommit=True, client_encoding="utf8", **known)
     except Error as error:
         raise unreachable(url, error) from error
+
+
+class Found(NamedTuple):
+    """What one statement has found or changed."""
+
+    rows: list[tuple[Any, ...]]
+    changed: int
+
+
+def together(con: Connection, statements: Sequence[tuple[str, Sequence[Any]]]) -> list[Found]:
+    """Several statements with their values, sent at once; what each has done."""
+    # Not as a pipeline: what psycopg sends at the end of one has the server forget that it was to end a transaction in
+    # which nothing happens (idle_in_transaction_session_timeout).
+    with psycopg.ClientCursor(con) as cursor:
+        cursor.execute(
+            "; ".join(query for query, _ in statements), [value for _, given in statements for value in given]
+        )
+        found = []
+        while True:
+            found.append(Found(cursor.fetchall() if cursor.description else [], cursor.rowcount))
+            if not cursor.nextset():
+                return found
 
 
 def unreachable(url: PostgresURL, error: Error) -> Unreachable:
