@@ -376,20 +376,27 @@ def test_a_record_that_two_add_at_once_is_of_the_first_and_the_other_is_told(jou
     assert results == {"first": [True, False]} and journal.get("k") == "second"
 
 
-def test_two_commits_that_would_wait_for_one_another_are_both_done(journal: Journal, other: Journal) -> None:
-    """Each takes the other's next key: the server ends one of them, which is then repeated."""
-
-    def many(mine: Journal, keys: list[str]) -> None:
-        for _ in range(30):
-            mine.commit([Put(key, "v") for key in keys])
-
-    journal.commit([Add(key, "v") for key in ("a", "b")])
-    threads = [threading.Thread(target=many, args=(j, keys)) for j, keys in ((journal, ["a", "b"]), (other, ["b", "a"]))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert journal._writer.transactions + other._writer.transactions == 61
+def test_a_commit_that_the_server_ends_to_resolve_a_deadlock_is_repeated(postgres_server: Server, database: str) -> None:
+    # Whose patience with a lock ends first looks for a deadlock, and is the one to go.
+    postgres_server.ask("ALTER ROLE flow SET deadlock_timeout = '3s'")
+    try:
+        journal = Journal.open(database)
+        journal.commit([Add("a", "0"), Add("b", "0")])
+        records = f"{journal.path.schema}.records"  # type: ignore[union-attr]
+        results: list[Any] = []
+        with postgres_server.session() as session:
+            session.execute("SET deadlock_timeout = '60s'")
+            session.execute("BEGIN")
+            session.execute(f"UPDATE {records} SET value = 'theirs' WHERE key = 'b'")
+            thread = threading.Thread(target=lambda: results.append(journal.commit([Put("a", "ours"), Put("b", "ours")])))
+            thread.start()
+            until(lambda: waiting_for_locks(postgres_server) == 1, "the commit has a, and waits for b")
+            session.execute(f"UPDATE {records} SET value = 'theirs' WHERE key = 'a'")  # waits for the commit to be ended
+            session.execute("COMMIT")
+            thread.join(60)
+    finally:
+        postgres_server.ask("ALTER ROLE flow RESET deadlock_timeout")
+    assert results == [[True, True]] and (journal.get("a"), journal.get("b")) == ("ours", "ours")
 
 
 def test_rows_written_out_of_order_are_read_all_the_same(journal: Journal, other: Journal, halted: Any) -> None:
