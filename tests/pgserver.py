@@ -56,9 +56,6 @@ class Server:
             os.chown(self.home, who.pw_uid, who.pw_gid)
             self._user = {"user": who.pw_uid, "group": who.pw_gid, "extra_groups": []}
         self.data = self.home / "data"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
         word = self.home / "word"
         word.write_text(PASSWORD)
         word.chmod(0o644)
@@ -68,13 +65,24 @@ class Server:
             "--auth-host=scram-sha-256", f"--pwfile={word}", "--no-sync",
         )  # fmt: skip
         lines = [
-            f"port = {self.port}", "listen_addresses = '127.0.0.1'", f"unix_socket_directories = '{self.home}'",
+            "listen_addresses = '127.0.0.1'", f"unix_socket_directories = '{self.home}'",
             "shared_buffers = 32MB", "max_connections = 60", "min_wal_size = 32MB", "max_wal_size = 128MB",
             "deadlock_timeout = 100ms", *settings,
         ]  # fmt: skip
         with (self.data / "postgresql.conf").open("a") as file:
             file.write("\n" + "\n".join(lines) + "\n")
-        self.start()
+        for attempt in range(5):  # somebody else may take the port that was free a moment ago
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = free.getsockname()[1]
+            with (self.data / "postgresql.conf").open("a") as file:
+                file.write(f"port = {self.port}\n")
+            try:
+                self.start()
+                return
+            except AssertionError:
+                if attempt == 4 or "could not create any TCP/IP sockets" not in (self.home / "log").read_text():
+                    raise
 
     def _run(self, name: str, *words: object) -> None:
         done = subprocess.run(

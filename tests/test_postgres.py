@@ -636,6 +636,18 @@ def test_two_hundred_kills_lose_nothing_acknowledged_and_repeat_nothing_finished
     test_kills.killed(tmp_path, 200)
 
 
+@pytest.mark.torture
+@pytest.mark.parametrize("file", ["once", "fanout", "human", "events", "children", "control", "ownership", "worker", "moves"])
+def test_what_holds_for_files_holds_here(file: str) -> None:
+    """Whole files of tests, which know nothing of databases, with their journals in one."""
+    env = {**os.environ, "AGENTFLOW_TESTS_IN": "postgres"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", f"tests/test_{file}.py"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
 # -- the network and the server -----------------------------------------------------------------------
 
 
