@@ -50,13 +50,11 @@ def stats(json: JSON = False) -> None:
     if json:
         return output.data(found)
     runs = ", ".join(f"{count} {status}" for status, count in sorted(found["runs"].items())) or "none"
+    free = "" if found["free_bytes"] is None else f", {size(found['free_bytes'])} of it free"
     output.fields(
         (
             ("journal", found["path"]),
-            (
-                "size",
-                size(found["bytes"]) + (f", {size(found['free_bytes'])} of it free" if found["free_bytes"] else ""),
-            ),
+            ("size", size(found["bytes"]) + free),
             ("commits", found["commits"]),
             ("runs", runs),
         )
