@@ -24,7 +24,7 @@ from agentflow.calls import Call, Current
 from agentflow.errors import BudgetExceeded, UsageError
 from agentflow.index import in_key
 from agentflow.journal import Add, Drop, Journal, Op, Txn
-from agentflow.lease import Owner, alive, this_process
+from agentflow.lease import process_alive, this_process
 from agentflow.line import Line
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Held:
         ex = self.call.ex
         self.key = f"lr/{int(ex.clock() * 1000):014d}/{ex.key}/{self.call.occ}/{os.urandom(4).hex()}"
         facts = costs.facts(self.call, self.current, self.model)
-        facts |= {"at_most": str(self.at_most), "owner": this_process()}
+        facts |= {"at_most": str(self.at_most), "owner": this_process(ex.journal)}
         _held.add(self.key)
         return Add(self.key, orjson.dumps(facts).decode())
 
@@ -213,13 +213,14 @@ class PeriodBudget:
         now = ex.clock()
         start = self._period.start(now)
         after, before = self._added_up(start, now)
-        row, me = held.row(), this_process()
+        row, me, journal = held.row(), this_process(self._journal), self._journal
 
         def attempt(txn: Txn) -> bool:
             if ex.fence is not None:
                 txn.check(ex.fence)
             spent = before + sum((counts(orjson.loads(text)) for _, text in txn.scan("l/", after)), Decimal(0))
-            in_flight, living = Decimal(0), cache(_is_alive)
+            in_flight = Decimal(0)
+            living = cache(lambda owner: process_alive(journal, dict(owner), txn.get))
             for key, text in txn.scan("lr/"):
                 facts = orjson.loads(text)
                 if facts["owner"] == me and key not in _held:
@@ -328,8 +329,3 @@ def left_behind(journal: Journal, run_key: str, occ: str) -> list[tuple[str, dic
     """What killed processes had set aside for a step."""
     found = ((key, text) for key, text in journal.scan("lr/") if key.split("/")[2:4] == [run_key, occ])
     return [(key, orjson.loads(text)) for key, text in found]
-
-
-def _is_alive(owner: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether the process that has set something aside still runs."""
-    return alive(Owner(**dict(owner)))

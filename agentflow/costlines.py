@@ -13,7 +13,7 @@ import orjson
 from agentflow.costs import entries
 from agentflow.errors import UsageError
 from agentflow.journal import Journal
-from agentflow.lease import Owner, alive
+from agentflow.lease import process_alive
 
 BY = ("model", "workflow", "step", "day")
 
@@ -79,7 +79,7 @@ def summary(journal: Journal, by: str | None = None) -> list[Line]:
     # What a killed process had set aside for a call is all that is known of that call.
     for key, text in journal.scan("lr/"):
         row = orjson.loads(text)
-        if not alive(Owner(**row["owner"])):
+        if not process_alive(journal, row["owner"], journal.get):
             _count(line(int(key[3:17]) / 1000, row, row["step"], row["model"]), row | {"doubt": "process ended"})
     if by == "day":
         return sorted(lines.values(), key=lambda one: one.name)

@@ -33,12 +33,12 @@ from agentflow.clock import FakeClock
 from agentflow.errors import UsageError, Waiting
 from agentflow.handles import stored_error
 from agentflow.index import Row
-from agentflow.journal import Journal
+from agentflow.journal import Journal, place
 from agentflow.models import Usage
 from agentflow.people import FakePeople
 from agentflow.providers.common import digest, transport, use_transport
 from agentflow.settings import settings
-from agentflow.store import Txn
+from agentflow.store import FileTxn
 from agentflow.writer import Writer
 
 _SECONDS = 60.0
@@ -156,8 +156,9 @@ def _load(modules: list[str]) -> None:
 
 def _near_journal() -> Path | None:
     """Where the journal of the test is, which is in memory under the plugin; None: the temporary directory."""
-    folder = (settings.path or Path(os.environ.get("AGENTFLOW_PATH") or "")).parent
-    return folder if os.environ.get("AGENTFLOW_PATH") and folder.is_dir() and os.access(folder, os.W_OK) else None
+    there = settings.path or place(os.environ.get("AGENTFLOW_PATH") or "")
+    folder = there.parent if isinstance(there, Path) and os.environ.get("AGENTFLOW_PATH") else None
+    return folder if folder is not None and folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
 class _Lives:
@@ -280,13 +281,13 @@ class _Watch:
     def patch(self) -> None:
         """Only this process is changed, and it ends soon."""
         watch = self
-        apply, perform, transact, mark = Txn.apply, Writer._perform, Writer._transact, Journal.mark
+        apply, perform, transact, mark = FileTxn.apply, Writer._perform, Writer._transact, Journal.mark
 
-        def applied(txn: Txn, ops: Any) -> list[bool]:
+        def applied(txn: FileTxn, ops: Any) -> list[bool]:
             watch._ops += ops
             return apply(txn, ops)
 
-        def performed(writer: Writer, job: Any, txn: Txn, con: Any) -> None:
+        def performed(writer: Writer, job: Any, txn: FileTxn, con: Any) -> None:
             perform(writer, job, txn, con)
             watch.point(f"before the commit of {_named(watch._ops)}")
 
@@ -307,7 +308,7 @@ class _Watch:
                 watch.note({"e": "stop", "name": facts["n"]})
 
         changes: list[tuple[Any, str, Any]] = [
-            (Txn, "apply", applied),
+            (FileTxn, "apply", applied),
             (Writer, "_perform", performed),
             (Writer, "_transact", transacted),
             (Writer, "add", lambda *_: False),  # each commit is a transaction, so that one can be killed inside it

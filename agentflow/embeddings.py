@@ -23,7 +23,7 @@ from agentflow.capture import data_digest, data_text
 from agentflow.durations import Duration, seconds
 from agentflow.errors import JournalIncomplete, ModelError, UsageError
 from agentflow.journal import Add, Drop, Op
-from agentflow.lease import Owner, alive, this_process
+from agentflow.lease import process_alive, this_process
 from agentflow.records import Retry, retry_of
 from agentflow.scratch import scratch
 
@@ -150,12 +150,13 @@ async def _claimed_from_others(call: Call, wanted: dict[str, str]) -> AsyncGener
 
     A claim is a row that names its process, so one that a killed process left behind holds up nobody.
     """
-    journal, me = call.ex.journal, this_process()
+    journal = call.ex.journal
+    me = this_process(journal)
     taken: list[str] = []
     theirs: list[str] = []
 
     def claim(txn: Any) -> None:
-        living = cache(lambda owner: alive(Owner(**dict(owner))))
+        living = cache(lambda owner: process_alive(journal, dict(owner), txn.get))
         taken.clear()
         theirs.clear()
         for key in wanted:

@@ -1,141 +1,168 @@
-"""The journal: what is recorded, in diskcache files beside the project.
+"""The journal: what is recorded, and the one way to it.
 
-diskcache creates the directory and its table (create.py), with the settings without which it loses records and with
-a Disk class that knows text only; any row can be read through it. The journal's own reads and writes go
-to that table through SQLite directly: one write connection (writer.py) and a read-only one per thread (reads.py), so
-readers never wait for the writer. All values are text; what does not look like a row written here (another
-mode, a side file, a pickle) is never decoded, only reported.
+``Journal`` is what everybody reads and writes through: first record wins, all or nothing, refused once the lease is
+lost, durable when it returns, a paid reply never dropped. What keeps the records is a ``Backend``: diskcache files
+beside the project (folder.py), or a schema in PostgreSQL that several machines share (pgjournal.py).
 """
 
 from __future__ import annotations
 
 import atexit
-import mmap
 import os
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from agentflow import layout
-from agentflow.create import create, read_only
-from agentflow.errors import JournalError, JournalIncomplete, LeaseLost
+from agentflow import folder
+from agentflow.commits import Commits, Job
+from agentflow.errors import JournalError, LeaseLost
 from agentflow.layout import DIGEST_VERSION, LAYOUT_VERSION, default_path
-from agentflow.marks import Marks
+from agentflow.ops import Add, Drop, Fence, Op, Put, Txn
+from agentflow.pgurl import Place, PostgresURL, place
 from agentflow.reads import Reads
 from agentflow.spill import Spill
-from agentflow.store import DB_NAME, Add, Drop, Fence, Op, Put, Txn, connect, translate
 from agentflow.voice import log
-from agentflow.writer import Job, Writer
 
-__all__ = ["DIGEST_VERSION", "LAYOUT_VERSION", "Add", "Drop", "Fence", "Journal", "Op", "Put", "Txn", "default_path"]
+__all__ = [
+    "DIGEST_VERSION", "LAYOUT_VERSION", "Add", "Drop", "Fence", "Journal", "Op", "Place", "PostgresURL", "Put", "Txn",
+    "default_path", "exists", "place",
+]  # fmt: skip
 
 T = TypeVar("T")
 
-_journals: dict[str, Journal] = {}
+_journals: dict[str | PostgresURL, Journal] = {}
 _journals_lock = threading.Lock()
 _parents_connections: list[object] = []
 
 
+class NotedMarks(Protocol):
+    """Lines beside the records of a run; they survive the process."""
+
+    def append(self, run_id: str, line: str) -> None: ...
+
+    def read(self, run_id: str) -> list[str]: ...
+
+    def size(self, run_id: str) -> int: ...
+
+    def clear(self, run_id: str) -> None: ...
+
+
+class Backend(Protocol):
+    """What keeps the records of one journal.
+
+    - ``writer`` does jobs (commits.py): each in a transaction, alone or with others, that is durable when it returns. A
+      fenced job writes nothing unless the lease is held at that moment and until its commit; a guarded one has the
+      journal to itself. Keys and values are text; an ``Add`` of a taken key changes nothing.
+    - ``reads`` (reads.py) sees what is committed, in pages, by key in the order of code points.
+    - ``marks`` survive the process, and the host too where others can take over from there.
+    - ``spill`` (spill.py) takes paid replies while the writer cannot.
+    """
+
+    @property
+    def path(self) -> Place: ...
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def many_hosts(self) -> bool: ...
+
+    @property
+    def writer(self) -> Commits: ...
+
+    @property
+    def reads(self) -> Reads: ...
+
+    @property
+    def marks(self) -> NotedMarks: ...
+
+    @property
+    def spill(self) -> Spill: ...
+
+    def clock(self) -> float: ...
+
+    def is_current(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+    def forked(self) -> list[object]: ...
+
+
 class Journal:
-    """One journal directory as seen by this process. Open it with ``Journal.open``.
+    """One journal as seen by this process. Open it with ``Journal.open``.
 
     Attributes:
-        path: the directory.
-        id: the store's own id, the same for everybody who opens it.
+        path: the directory, or the URL of the database, which as text holds no password.
+        id: the journal's own id, the same for everybody who opens it.
+        many_hosts: processes on other machines may use it too.
+        clock: gives epoch seconds by the clock that all who use this journal go by: this machine's, or the server's.
         paid_retry_seconds: how long a commit with ``paid=True`` is retried before its records are spilled.
     """
 
-    path: Path
-    id: str
-
-    def __init__(self, path: Path, sibling: layout.Sibling) -> None:
-        self.path = path
-        self.id = sibling.store
+    def __init__(self, backend: Backend) -> None:
+        self.path = backend.path
+        self.id = backend.id
+        self.many_hosts = backend.many_hosts
+        self.clock: Callable[[], float] = backend.clock
         self.paid_retry_seconds = float(os.environ.get("AGENTFLOW_PAID_RETRY_SECONDS") or 10)
-        self._file = path / DB_NAME
-        self._offset = sibling.offset
-        self._sibling = os.open(path / layout.SIBLING, os.O_RDWR)
-        self._counter = mmap.mmap(self._sibling, 0) if layout.can_map(path) else None
-        self._inode = _inode(self._file)
-        self._writer = Writer(self._file, self._still_there, self._note_commits)
-        self._spill = Spill(path, self.id)
-        self._reads = Reads(self._file, self._spill)
-        self._marks = Marks(path / "started")
+        self._backend = backend
+        self._writer = backend.writer
+        self._spill = backend.spill
+        self._reads = backend.reads
+        self._marks = backend.marks
 
     # -- opening and closing ----------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path | str) -> Journal:
-        """The journal in this directory, created if there is nothing yet.
+    def open(cls, path: str | os.PathLike[str] | PostgresURL) -> Journal:
+        """The journal in this directory or database, created if there is nothing yet.
 
-        One object per directory and process; it may be used from any thread, and after a fork.
+        One object per place and process; it may be used from any thread, and after a fork.
 
         Raises:
             JournalIncomplete: parts are missing (no database, or one copied without its -wal).
             JournalVersionError: written by a version of agentflow that this one does not know.
-            JournalForeign: the directory holds something else.
+            JournalForeign: the directory or schema holds something else.
             JournalReadOnly: nothing can be written there.
-            JournalError: a network file system or a synchronised folder.
+            JournalError: a network file system or a synchronised folder; a server that cannot be reached, or refuses.
+            UsageError: a URL, and the package that speaks to PostgreSQL is not installed.
         """
-        real = os.path.realpath(os.path.expanduser(path))
+        where = place(path)
+        real = os.path.realpath(where) if isinstance(where, Path) else where
         with _journals_lock:
             known = _journals.get(real)
             if known is not None:
-                if not known.closed and known._inode == _inode(known._file):
+                if not known.closed and known._backend.is_current():
                     return known
                 del _journals[real]
                 known.close()
-            journal = _journals[real] = _open(cls, Path(real))
+            journal = cls(_backend(real))
+            try:
+                journal._take_in_earlier()
+            except BaseException:
+                journal.close()
+                raise
+            _journals[real] = journal
         return journal
 
     @property
     def closed(self) -> bool:
         """True after ``close``."""
-        return self._writer._closed
+        return self._writer.closed
 
     def close(self) -> None:
         """Finish queued commits and close all files. ``Journal.open`` gives a new object afterwards."""
         if self.closed:
             return
-        self._reads.close()
-        self._writer.close()
-        if self._counter is not None:
-            self._counter.close()
-        os.close(self._sibling)
-        self._marks.close()
-        if _journals.get(str(self.path)) is self:
-            del _journals[str(self.path)]
+        self._backend.close()
+        known = self.path if isinstance(self.path, PostgresURL) else str(self.path)
+        if _journals.get(known) is self:
+            del _journals[known]
 
     def _forked(self) -> None:
-        # SQLite connections must not be used, nor closed, across a fork: the child leaves its parent's alone.
-        _parents_connections.extend([self._writer.forked(), *self._reads.forked()])
-        self._marks.forked()
-        self._spill.forked()
-
-    def _still_there(self) -> None:
-        # SQLite would go on writing, and acknowledging, to files that somebody has deleted.
-        if os.fstat(self._sibling).st_nlink == 0:
-            raise JournalIncomplete(
-                f"{self.path}: the journal was deleted while it was in use; nothing more is recorded in it. Run again "
-                "to begin an empty journal."
-            )
-
-    def _note_commits(self, count: int, exact: bool) -> None:
-        # After the fsync of the commit, so that it is never ahead of it. Through memory where that is safe: a
-        # write() changes the file's times, which the next commit's fsync would have to bring to the disk too.
-        # One that is not exact leaves out what other processes have committed: it replaces no higher one.
-        digits, place = b"%020d" % count, slice(self._offset, self._offset + 20)
-        try:
-            if self._counter is not None:
-                if exact or self._counter[place] < digits:
-                    self._counter[place] = digits
-            elif exact or os.pread(self._sibling, 20, self._offset) < digits:
-                os.pwrite(self._sibling, digits, self._offset)
-        except OSError:  # a lower bound may lag behind
-            log.debug("%s could not be updated", layout.SIBLING, exc_info=True)
+        _parents_connections.extend(self._backend.forked())
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -180,6 +207,9 @@ class Journal:
     def rows(self, prefix: str, *, from_rowid: int, limit: int) -> list[tuple[int, str, str]]:
         """A window of the records under ``prefix`` in the order they were written: (row id, key, value).
 
+        A record that another process writes at this moment may get its place before ones that are seen already, so
+        windows are for what this process alone writes, or has stopped; ``version`` tells of news.
+
         Args:
             prefix: text that the keys begin with.
             from_rowid: the first row id wanted; go on with the last one of a window plus one.
@@ -198,7 +228,7 @@ class Journal:
     # -- writing ----------------------------------------------------------------------------------
 
     def commit(self, ops: Sequence[Op], *, fence: Fence | None = None, paid: bool = False) -> list[bool]:
-        """Do all ops in one transaction, or none of them; returns when it is fsynced.
+        """Do all ops in one transaction, or none of them; returns when it is durable.
 
         Args:
             ops: Add (first wins), Put, Drop, done in order.
@@ -213,10 +243,11 @@ class Journal:
             LeaseLost: another process owns the lease; nothing was committed.
             JournalFull: the disk is full; earlier records are intact (not with ``paid``).
             JournalBusy: another process kept the write lock too long (not with ``paid``).
+            JournalError: the server cannot be reached (not with ``paid``).
         """
         if not paid and fence is not None and (one := _single(ops)) and self._writer.add(one, fence):
             return [True]
-        job = Job(lambda txn: txn.apply(ops), fence=fence)
+        job = Job(lambda txn: txn.apply(ops), fence=fence, ops=ops)
         if not paid:
             return self._writer.run(job)
         pauses = self._insist(job)
@@ -252,7 +283,7 @@ class Journal:
             writer = self._writer
             if writer.may_inline(asyncio.get_running_loop()) and writer.add(one, fence):
                 return [True]
-        job = Job(lambda txn: txn.apply(ops), fence=fence)
+        job = Job(lambda txn: txn.apply(ops), fence=fence, ops=ops)
         if not paid:
             return await self._writer.arun(job)
         pauses = self._insist(job)
@@ -291,7 +322,8 @@ class Journal:
             self._keep(ops, job.fence)
 
     def _keep(self, ops: Sequence[Op], fence: Fence | None) -> list[bool]:
-        done = [not isinstance(op, Add) or self.get(op.key) is None for op in ops]
+        # A server that is away cannot be asked what is there: what was paid for counts as new.
+        done = [self.many_hosts or not isinstance(op, Add) or self.get(op.key) is None for op in ops]
         self._spill.add(ops, fence)
         self._writer.before = self._take_in
         return done
@@ -340,7 +372,7 @@ class Journal:
         return self._marks.read(run_id)
 
     def marked(self, run_id: str) -> int:
-        """The size of the run's side file in bytes: it changes with each mark. 0 when there is none."""
+        """How much is marked for the run, in bytes: it changes with each mark. 0 when there is nothing."""
         return self._marks.size(run_id)
 
     def clear_marks(self, run_id: str) -> None:
@@ -356,55 +388,25 @@ def _single(ops: Sequence[Op]) -> Add | None:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def _inode(file: Path) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
+def _backend(where: str | PostgresURL) -> Backend:
+    if isinstance(where, str):
+        return folder.open_folder(Path(where))
+    from agentflow.pgjournal import open_schema
+
+    return open_schema(where)
 
 
-def _open(cls: type[Journal], path: Path) -> Journal:
-    layout.check_place(path)
-    try:
-        sibling = layout.read_sibling(path) if path.is_dir() else None
-    except PermissionError as error:
-        raise read_only(path, error) from error
-    if sibling is None:
-        sibling = create(path)
-    if not os.access(path, os.W_OK | os.X_OK) or not os.access(path / DB_NAME, os.F_OK | os.W_OK):
-        if not (path / DB_NAME).exists():
-            raise layout.missing_store(path)
-        raise read_only(path, None)
-    journal = cls(path, sibling)
-    try:
-        with journal._writer._lock:
-            con = journal._writer._con = connect(journal._file, readonly=False)
-            journal._writer.sequence, changed = layout.check_store(path, con, sibling)
-            if con.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-                con.execute("PRAGMA journal_mode = WAL")
-            con.execute("PRAGMA busy_timeout = 0")
-        if changed:
-            _repair(journal, changed)
-        journal._take_in_earlier()
-    except sqlite3.Error as error:
-        journal.close()
-        raise translate(error, journal._file) from error
-    except BaseException:
-        journal.close()
-        raise
-    return journal
+def exists(where: Place) -> bool:
+    """Whether there is a journal at this place. Nothing is created.
 
+    Raises:
+        JournalError: a server that cannot be asked.
+    """
+    if isinstance(where, Path):
+        return folder.exists(where)
+    from agentflow.pgjournal import exists_schema
 
-def _repair(journal: Journal, changed: str) -> None:
-    def put_back(txn: Txn) -> None:
-        txn._con.execute("DROP TRIGGER IF EXISTS Settings_count_delete")
-        txn._con.execute(layout.COUNT_DELETE)
-        txn._con.executemany("INSERT OR REPLACE INTO Settings VALUES (?, ?)", list(layout.SETTINGS.items()))
-
-    journal.guarded(put_back)
-    if changed != "Settings_count_delete":  # alone, it is that of an earlier version
-        log.warning("%s: somebody changed the settings of the journal (%s); they were put back", journal.path, changed)
+    return exists_schema(where)
 
 
 def _after_fork() -> None:

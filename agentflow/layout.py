@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agentflow.errors import JournalError, JournalForeign, JournalIncomplete, JournalReadOnly, JournalVersionError
+from agentflow.pgurl import Place
+from agentflow.pgurl import place as placed
 from agentflow.store import DB_NAME, SEQUENCE
 
 LAYOUT_VERSION = 1
@@ -85,13 +87,13 @@ def _damaged(folder: Path) -> str:
     )
 
 
-def check_versions(folder: Path, layout: object, digest: object) -> None:
+def check_versions(folder: Place, layout: object, digest: object) -> None:
     """Refuse what another version of agentflow wrote."""
     for what, found, known in (("layout", layout, LAYOUT_VERSION), ("digest", digest, DIGEST_VERSION)):
         if str(found) != str(known):
             raise JournalVersionError(
                 f"{folder}: written with {what} version {found}; this agentflow knows {known}. Use the agentflow that "
-                "wrote it, or set AGENTFLOW_PATH to another directory. Nothing was changed."
+                "wrote it, or set AGENTFLOW_PATH to another place. Nothing was changed."
             )
 
 
@@ -258,7 +260,7 @@ def _installed() -> set[str]:
     return {each[name] for each in paths for name in ("stdlib", "purelib", "platlib", "scripts")}
 
 
-def default_path(start: Path | None = None) -> Path:
+def default_path(start: Path | None = None) -> Place:
     """Where the journal is when nothing says otherwise.
 
     Args:
@@ -271,7 +273,8 @@ def default_path(start: Path | None = None) -> Path:
     """
     named = os.environ.get("AGENTFLOW_PATH")
     if named:
-        return Path(os.path.abspath(os.path.expanduser(named)))
+        there = placed(named)
+        return Path(os.path.abspath(there)) if isinstance(there, Path) else there
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     beside = Path(os.path.abspath(script)).parent if script else None
     if start is not None:

@@ -4,6 +4,9 @@ A lease is one row. Taking it raises its token; every commit of the owner carrie
 and is refused once somebody else has raised it. So an owner that was paused past its lease, taken over and
 woken again can commit nothing more, whatever it believes. Expiry alone takes nothing away: an owner that was
 merely slow goes on as long as nobody took over.
+
+Whether a lease has run out is told by the clock that all who use the journal go by (``Journal.clock``): in a database,
+the server's. How far the clocks of the machines are apart does not matter.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
 from agentflow.durations import words
 from agentflow.errors import LeaseLost, RunBusy
-from agentflow.journal import Fence, Journal, Op, Txn
+from agentflow.journal import Drop, Fence, Journal, Op, Txn
 from agentflow.plain import Plain
+
+_PROCESS = "lease-process/"
+_FORGET = 86400.0  # seconds after which nobody asks any more whether a process runs
 
 
 class Owner(Plain):
@@ -134,7 +140,7 @@ def alive(owner: Owner, *, now: float | None = None) -> bool:
 
     Args:
         owner: what ``holder`` returned.
-        now: epoch seconds; None asks the clock.
+        now: epoch seconds by the journal's clock; None asks that of this machine.
     """
     if owner.released or (time.time() if now is None else now) >= owner.expires:
         return False
@@ -144,13 +150,14 @@ def alive(owner: Owner, *, now: float | None = None) -> bool:
     return _start_of(owner.pid) == owner.start
 
 
-def gone(owner: Owner) -> bool:
+def gone(journal: Journal, owner: Owner) -> bool:
     """Whether the process is known to have ended; one on another machine is not."""
     _, _, host, boot, _ = _myself()
     if owner.host != host or owner.boot == boot:
         return owner.host == host and _start_of(owner.pid) != owner.start
-    # In another process namespace of the same boot it may well be there.
-    return owner.boot.partition("/")[0] != boot.partition("/")[0]
+    # In another process namespace of the same boot it may well be there. Another boot is an earlier one of this machine
+    # where all use one machine; elsewhere it can be another machine of the same name.
+    return not journal.many_hosts and owner.boot.partition("/")[0] != boot.partition("/")[0]
 
 
 def holder(journal: Journal, key: str) -> Owner | None:
@@ -158,10 +165,32 @@ def holder(journal: Journal, key: str) -> Owner | None:
     return _load(journal.get(key))
 
 
-def this_process() -> dict[str, Any]:
-    """This process as the owner of something that is no lease and does not run out; ``Owner(**...)`` reads it."""
+def this_process(journal: Journal) -> dict[str, Any]:
+    """This process as the owner of something that is no lease and does not run out; ``process_alive`` reads it.
+
+    Where processes of other machines have to know whether it still runs, it has a lease from then on that says so. Not
+    to be called inside ``guarded``.
+    """
     names = ("pid", "start", "host", "boot", "owner")
+    if journal.many_hosts:
+        _heart(journal).show()
     return {"token": 0, **dict(zip(names, _myself(), strict=True)), "since": 0.0, "expires": float(2**53)}
+
+
+def process_alive(journal: Journal, facts: Mapping[str, Any], get: Callable[[str], str | None]) -> bool:
+    """Whether the process that ``this_process`` has described still runs.
+
+    Args:
+        journal: where it is noted.
+        facts: what ``this_process`` gave.
+        get: reads a row: ``journal.get``, or that of a Txn inside ``guarded``.
+    """
+    owner = Owner(**facts)
+    _, _, host, boot, _ = _myself()
+    if not journal.many_hosts or (owner.host == host and owner.boot == boot):
+        return alive(owner)
+    shown = _load(get(f"{_PROCESS}{owner.owner}"))
+    return shown is not None and alive(shown, now=journal.clock())
 
 
 def is_me(owner: Owner) -> bool:
@@ -240,7 +269,7 @@ class Lease:
 def revoke(txn: Txn, key: str) -> None:
     """Take a lease away from whoever holds it: its commits are refused from here on."""
     before = _load(txn.get(key))
-    at = time.time()
+    at = txn.now()
     token = 1 if before is None else before.token + 1
     txn.put(key, _dump(Owner(token, *_myself()[:-1], owner="", since=at, expires=at, released=True)))
 
@@ -284,9 +313,9 @@ async def aacquire(journal: Journal, key: str, *, ops: Sequence[Op] = (), what: 
 
 def _take(journal: Journal, txn: Txn, key: str, ops: Sequence[Op], what: str, run_id: str) -> Lease:
     before = _load(txn.get(key))
-    if before is not None and alive(before):
-        raise RunBusy(_busy(before, what), run_id, before.as_dict())
-    now = time.time()
+    now = txn.now()
+    if before is not None and alive(before, now=now):
+        raise RunBusy(_busy(before, what, now), run_id, before.as_dict())
     token = 1 if before is None else before.token + 1
     row = Owner(token, *_myself(), since=now, expires=now + lease_seconds())
     txn.put(key, _dump(row))
@@ -294,16 +323,16 @@ def _take(journal: Journal, txn: Txn, key: str, ops: Sequence[Op], what: str, ru
     return Lease(journal, key, row)
 
 
-def _busy(owner: Owner, what: str) -> str:
+def _busy(owner: Owner, what: str, now: float) -> str:
     pid, _, host, boot, me = _myself()
-    age = words(max(0.0, time.time() - owner.since))
+    age = words(max(0.0, now - owner.since))
     since = f"{datetime.fromtimestamp(owner.since).astimezone():%Y-%m-%d %H:%M:%S} ({age} ago)"
     if owner.owner == me:
         return (
             f"{what} is already running in this process ({pid}), since {since}. Await that one, or give it another "
             'run_id; busy="wait" waits for it.'
         )
-    left = words(max(0.0, owner.expires - time.time()))
+    left = words(max(0.0, owner.expires - now))
     if owner.host == host and owner.boot == boot:
         return (
             f"{what} is running in process {owner.pid} on this machine ({host}), since {since}. "
@@ -326,6 +355,24 @@ class _Heart:
         self._held: dict[tuple[str, int], Lease] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._shown: Lease | None = None
+
+    def show(self) -> None:
+        """Have a lease for the process itself, which others see running out once it has ended."""
+        with self._lock:
+            if self._shown is not None and not self._shown.lost:
+                return
+        now = self._journal.clock()
+        old = [
+            Drop(key)
+            for key, text in self._journal.scan(_PROCESS)
+            if (owner := _load(text)) is not None and owner.expires < now - _FORGET
+        ]
+        lease = acquire(
+            self._journal, f"{_PROCESS}{_myself()[4]}", ops=old, what=f"what shows that process {os.getpid()} runs"
+        )
+        with self._lock:
+            self._shown = lease
 
     def keep(self, lease: Lease) -> None:
         with self._lock:
@@ -364,9 +411,13 @@ class _Heart:
 
     def renew(self, held: Sequence[Lease]) -> None:
         """One sign of life for these leases; those that were taken over are marked lost and let go."""
-        expires = time.time() + lease_seconds()
+
+        def renew(txn: Txn) -> list[bool]:
+            expires = txn.now() + lease_seconds()
+            return [lease._renew(txn, expires) for lease in held]
+
         try:
-            kept = self._journal.guarded(lambda txn: [lease._renew(txn, expires) for lease in held])
+            kept = self._journal.guarded(renew)
         except Exception:
             # A full disk or a held lock: the next beat tries again, and fences decide in the meantime.
             return

@@ -109,7 +109,7 @@ def _needed(journal: Journal, run_id: str, chosen: dict[str, str]) -> str | None
         if caller not in chosen and rundocs.read(journal, caller) is not None:
             return f"it belongs to {caller}, which stays"
     owner = holder(journal, rundocs.lease_key(run_id))
-    return "a process is running it" if owner is not None and alive(owner) else None
+    return "a process is running it" if owner is not None and alive(owner, now=journal.clock()) else None
 
 
 def keys_of(journal: Journal, run_id: str) -> list[str]:
@@ -180,7 +180,7 @@ def _sweep_leases(journal: Journal) -> None:
     ops: list[Op] = []
     for key, _ in journal.scan("lease/"):
         owner = holder(journal, key)
-        if owner is not None and gone(owner) and journal.get(f"r/{key.removeprefix('lease/')}") is None:
+        if owner is not None and gone(journal, owner) and journal.get(f"r/{key.removeprefix('lease/')}") is None:
             ops.append(Drop(key))
     for start in range(0, len(ops), _CHUNK):
         journal.commit(ops[start : start + _CHUNK])

@@ -1,8 +1,8 @@
 """All reads of one process from one journal: single records, ranges of keys in pages, windows in the order of writing.
 
-Every thread has a read-only connection of its own, so that readers never wait for the writer, and no lock or snapshot
-is held between two pages. A row that does not look like one written here is never decoded, only reported. Replies that
-were spilled (spill.py) and not yet taken in count as if they were in the database.
+No lock or snapshot is held between two pages. In files every thread has a read-only connection of its own, so that
+readers never wait for the writer; a row that does not look like one written here is never decoded, only reported.
+Replies that were spilled (spill.py) and not yet taken in count as if they were in the database.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import sqlite3
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,120 @@ from agentflow.spill import Spill
 from agentflow.store import connect, translate
 from agentflow.voice import log
 
-_PAGE_ROWS = 256
-_PAGE_CHARS = 4_000_000
+PAGE_ROWS = 256
+PAGE_CHARS = 4_000_000
 _SPILLED = 2**62
+
+
+class Reads(ABC):
+    """What ``Journal.get``, ``scan``, ``keys`` and ``rows`` do; they are described there.
+
+    Attributes:
+        problems: by key, rows met so far that no journal has written.
+    """
+
+    def __init__(self, spill: Spill) -> None:
+        self.problems: dict[str, str] = {}
+        self._spill = spill
+        self._windows: OrderedDict[str, array[int]] = OrderedDict()
+
+    # -- what a kind of journal supplies ----------------------------------------------------------
+
+    @abstractmethod
+    def version(self) -> int:
+        """Changes whenever anybody commits; compare within one thread."""
+
+    @abstractmethod
+    def get(self, key: str) -> str | None:
+        """The value of a key, spilled ones included."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections of all threads."""
+
+    @abstractmethod
+    def forked(self) -> list[object]:
+        """Begin anew in a child process; the parent's connections are returned, to be kept and never closed."""
+
+    @abstractmethod
+    def _pages(
+        self, values: bool, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[list[tuple[str, Any]]]:
+        """What the database holds, page by page: keys with their values, or with their row ids."""
+
+    @abstractmethod
+    def _rowids(self, prefix: str) -> Iterable[int]:
+        """The row ids of all keys that begin so."""
+
+    @abstractmethod
+    def _at(self, rowids: Sequence[int]) -> Iterable[tuple[int, str, str]]:
+        """What stands in these rows, in their order: row id, key, value."""
+
+    # -- the rest is the same everywhere ----------------------------------------------------------
+
+    def scan(
+        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[tuple[str, str]]:
+        if self._spill:
+            for key, _ in self.keys(prefix, after, before, limit, reverse):
+                text = self.get(key)
+                if text is not None:
+                    yield key, text
+            return
+        for page in self._pages(True, prefix, after, before, limit, reverse):
+            yield from page
+
+    def keys(
+        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[tuple[str, int]]:
+        if self._spill:
+            yield from self._keys_with_spilled(prefix, after, before, limit, reverse)
+            return
+        for page in self._pages(False, prefix, after, before, limit, reverse):
+            yield from page
+
+    def _keys_with_spilled(
+        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[tuple[str, int]]:
+        # Rare and few, so nothing is merged page by page. Their row ids lie beyond all real ones.
+        found = {key: _SPILLED + position for position, key in enumerate(self._spill.keys(prefix))}
+        found.update(row for page in self._pages(False, prefix, None, None, None, False) for row in page)
+        chosen = sorted(
+            (
+                (key, rowid)
+                for key, rowid in found.items()
+                if (after is None or key > after) and (before is None or key < before)
+            ),
+            reverse=reverse,
+        )
+        yield from chosen if limit is None else chosen[:limit]
+
+    def rows(self, prefix: str, from_rowid: int, limit: int) -> list[tuple[int, str, str]]:
+        # The row ids are kept between windows: asking the index again for each window would be quadratic,
+        # walking the table slow for a run whose few records lie far apart.
+        ids = self._windows.get(prefix)
+        position = 0 if ids is None else bisect_left(ids, from_rowid)
+        if ids is None or len(ids) - position < limit:
+            ids = self._windows[prefix] = array("q", sorted(self._known(prefix)))
+            while len(self._windows) > 4:
+                self._windows.popitem(last=False)
+            position = bisect_left(ids, from_rowid)
+        if self._spill:
+            wanted = {rowid: key for key, rowid in self.keys(prefix, None, None, None, False)}
+            texts = ((rowid, wanted[rowid], self.get(wanted[rowid])) for rowid in ids[position:] if rowid in wanted)
+            return [(rowid, key, text) for rowid, key, text in texts if text is not None][:limit]
+        found: list[tuple[int, str, str]] = []
+        while len(found) < limit and position < len(ids):
+            some = ids[position : position + min(limit - len(found), PAGE_ROWS)]
+            position += len(some)
+            # A dropped row's id can have gone to another key since.
+            found += [row for row in self._at(some) if row[1].startswith(prefix)]
+        return found
+
+    def _known(self, prefix: str) -> Iterable[int]:
+        if self._spill:
+            return (rowid for _, rowid in self.keys(prefix, None, None, None, False))
+        return self._rowids(prefix)
 
 
 class _Reader:
@@ -39,31 +151,23 @@ class _Reader:
         self.con.close()
 
 
-class Reads:
-    """What ``Journal.get``, ``scan``, ``keys`` and ``rows`` do; they are described there.
-
-    Attributes:
-        problems: by key, rows met so far that no journal has written.
-    """
+class FileReads(Reads):
+    """Reads from SQLite, one read-only connection a thread."""
 
     def __init__(self, file: Path, spill: Spill) -> None:
-        self.problems: dict[str, str] = {}
+        super().__init__(spill)
         self._file = file
-        self._spill = spill
         self._closed = False
-        self._windows: OrderedDict[str, array[int]] = OrderedDict()
         self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
         self._local = threading.local()
 
     def close(self) -> None:
-        """Close the connections of all threads."""
         self._closed = True
         for reader in list(self._readers):
             reader.con.close()
         self._local = threading.local()
 
     def forked(self) -> list[object]:
-        """Begin anew in a child process; the parent's connections are returned, to be kept and never closed."""
         readers = list[object](self._readers)
         self._readers = weakref.WeakSet()
         self._local = threading.local()
@@ -83,7 +187,7 @@ class Reads:
         return reader.con
 
     def version(self) -> int:
-        """Changes whenever anybody commits. Costs no access to the disk; compare within one thread."""
+        # This reads shared memory, and no disk.
         return int(self._connection().execute("PRAGMA data_version").fetchone()[0])
 
     def get(self, key: str) -> str | None:
@@ -91,50 +195,11 @@ class Reads:
         value = None if row is None else self._text(key, row[0], row[1])
         return self._spill.see(key, value) if self._spill else value
 
-    def scan(
-        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
-    ) -> Iterator[tuple[str, str]]:
-        if self._spill:
-            for key, _ in self.keys(prefix, after, before, limit, reverse):
-                text = self.get(key)
-                if text is not None:
-                    yield key, text
-            return
-        for page in self._pages("key, mode, value", prefix, after, before, limit, reverse):
-            for key, mode, value in page:
-                text = self._text(key, mode, value)
-                if text is not None:
-                    yield key, text
-
-    def keys(
-        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
-    ) -> Iterator[tuple[str, int]]:
-        if self._spill:
-            yield from self._keys_with_spilled(prefix, after, before, limit, reverse)
-            return
-        for page in self._pages("key, rowid", prefix, after, before, limit, reverse):
-            yield from page
-
-    def _keys_with_spilled(
-        self, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
-    ) -> Iterator[tuple[str, int]]:
-        # Rare and few, so nothing is merged page by page. Their row ids lie beyond all real ones.
-        found = {key: _SPILLED + position for position, key in enumerate(self._spill.keys(prefix))}
-        found.update(row for page in self._pages("key, rowid", prefix, None, None, None, False) for row in page)
-        chosen = sorted(
-            (
-                (key, rowid)
-                for key, rowid in found.items()
-                if (after is None or key > after) and (before is None or key < before)
-            ),
-            reverse=reverse,
-        )
-        yield from chosen if limit is None else chosen[:limit]
-
     def _pages(
-        self, columns: str, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
-    ) -> Iterator[list[Any]]:
-        low, high = prefix, _prefix_end(prefix)
+        self, values: bool, prefix: str, after: str | None, before: str | None, limit: int | None, reverse: bool
+    ) -> Iterator[list[tuple[str, Any]]]:
+        columns = "key, mode, value" if values else "key, rowid"
+        low, high = prefix, prefix_end(prefix) or b""  # in SQLite every blob comes after every text
         low_operator = ">="
         if after is not None and after >= low:
             low, low_operator = after, ">"
@@ -151,62 +216,44 @@ class Reads:
             want = size if left < 0 else min(size, left)
             cursor = self._connection().execute(sql, (low, high, want))
             page, chars = [], 0
-            if columns.endswith("value"):
+            if values:
                 for row in cursor:
                     page.append(row)
                     value = row[-1]
                     chars += len(value) if type(value) is str else 0
-                    if chars > _PAGE_CHARS:
+                    if chars > PAGE_CHARS:
                         break
             else:
                 page = cursor.fetchall()
             cursor.close()
             if page:
-                yield page
-            if len(page) < want and chars <= _PAGE_CHARS:
+                yield self._decoded(page) if values else page
+            if len(page) < want and chars <= PAGE_CHARS:
                 return
             left -= len(page) if left > 0 else 0
             if reverse:
                 high = page[-1][0]
             else:
                 low, low_operator = page[-1][0], ">"
-            size = _PAGE_ROWS
+            size = PAGE_ROWS
 
-    def rows(self, prefix: str, from_rowid: int, limit: int) -> list[tuple[int, str, str]]:
-        # The row ids are kept between windows: asking the index again for each window would be quadratic,
-        # walking the table slow for a run whose few records lie far apart.
-        ids = self._windows.get(prefix)
-        position = 0 if ids is None else bisect_left(ids, from_rowid)
-        if ids is None or len(ids) - position < limit:
-            ids = self._windows[prefix] = array("q", sorted(self._rowids(prefix)))
-            while len(self._windows) > 4:
-                self._windows.popitem(last=False)
-            position = bisect_left(ids, from_rowid)
-        if self._spill:
-            wanted = {rowid: key for key, rowid in self.keys(prefix, None, None, None, False)}
-            texts = ((rowid, wanted[rowid], self.get(wanted[rowid])) for rowid in ids[position:] if rowid in wanted)
-            return [(rowid, key, text) for rowid, key, text in texts if text is not None][:limit]
-        found: list[tuple[int, str, str]] = []
-        while len(found) < limit and position < len(ids):
-            some = ids[position : position + min(limit - len(found), _PAGE_ROWS)]
-            position += len(some)
-            among, which = f"IN ({','.join('?' * len(some))})", some.tolist()
-            if some[-1] - some[0] == len(some) - 1:  # one after the other, as a run alone writes them
-                among, which = "BETWEEN ? AND ?", [some[0], some[-1]]
-            sql = f"SELECT rowid, key, mode, value FROM Cache WHERE rowid {among} ORDER BY rowid"
-            for rowid, key, mode, value in self._connection().execute(sql, which).fetchall():
-                # A dropped row's id can have gone to another key since.
-                if isinstance(key, str) and key.startswith(prefix):
-                    text = value if mode == 1 and type(value) is str else self._text(key, mode, value)
-                    if text is not None:
-                        found.append((rowid, key, text))
-        return found
+    def _decoded(self, page: list[Any]) -> list[tuple[str, Any]]:
+        return [(key, text) for key, mode, value in page if (text := self._text(key, mode, value)) is not None]
 
     def _rowids(self, prefix: str) -> Iterator[int]:
-        if self._spill:
-            return (rowid for _, rowid in self.keys(prefix, None, None, None, False))
         sql = "SELECT rowid FROM Cache WHERE raw = 1 AND key >= ? AND key < ?"
-        return (rowid for (rowid,) in self._connection().execute(sql, (prefix, _prefix_end(prefix))))
+        return (rowid for (rowid,) in self._connection().execute(sql, (prefix, prefix_end(prefix) or b"")))
+
+    def _at(self, rowids: Sequence[int]) -> Iterator[tuple[int, str, str]]:
+        among, which = f"IN ({','.join('?' * len(rowids))})", list(rowids)
+        if rowids[-1] - rowids[0] == len(rowids) - 1:  # one after the other, as a run alone writes them
+            among, which = "BETWEEN ? AND ?", [rowids[0], rowids[-1]]
+        sql = f"SELECT rowid, key, mode, value FROM Cache WHERE rowid {among} ORDER BY rowid"
+        for rowid, key, mode, value in self._connection().execute(sql, which).fetchall():
+            if isinstance(key, str):
+                text = value if mode == 1 and type(value) is str else self._text(key, mode, value)
+                if text is not None:
+                    yield rowid, key, text
 
     def _text(self, key: str, mode: int, value: object) -> str | None:
         if mode == 1 and type(value) is str:
@@ -218,8 +265,8 @@ class Reads:
         return None
 
 
-def _prefix_end(prefix: str) -> str | bytes:
-    """The first text after all that begin with ``prefix``."""
+def prefix_end(prefix: str) -> str | None:
+    """The first text after all that begin with ``prefix``; None when there is none."""
     while prefix:
         last = ord(prefix[-1]) + 1
         if last == 0xD800:  # surrogates cannot be stored
@@ -227,4 +274,4 @@ def _prefix_end(prefix: str) -> str | bytes:
         if last <= 0x10FFFF:
             return prefix[:-1] + chr(last)
         prefix = prefix[:-1]
-    return b""  # in SQLite every blob comes after every text
+    return None

@@ -72,7 +72,7 @@ def status_of(journal: Journal, document: dict[str, Any]) -> str:
     status: str = document["status"]
     if status == "running":
         owner = holder(journal, lease_key(document["id"]))
-        return "running" if owner is not None and alive(owner) else "interrupted"
+        return "running" if owner is not None and alive(owner, now=journal.clock()) else "interrupted"
     return status
 
 

@@ -60,6 +60,6 @@ def _note_saved() -> None:
 def forget(folder: Path) -> None:
     """Close this process's journals in a directory and below it, which then can be removed."""
     for journal in list(journals._journals.values()):
-        if journal.path.is_relative_to(folder):
+        if isinstance(journal.path, Path) and journal.path.is_relative_to(folder):
             _scopes.pop(journal.id, None)
             journal.close()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from agentflow.errors import UsageError
+from agentflow.pgurl import Place, PostgresURL, place
 from agentflow.voice import log as log
 
 
@@ -21,7 +21,7 @@ class Settings:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.path: Path | None = None
+        self.path: Place | None = None
         self.model: str | None = None
         self.notify: Callable[[Any], object] | None = None
         self.authorize: Callable[[Any, str | None], bool] | None = None
@@ -60,7 +60,7 @@ def now() -> float:
 
 def configure(
     *,
-    path: str | os.PathLike[str] | None = _UNSET,
+    path: str | os.PathLike[str] | PostgresURL | None = _UNSET,
     model: str | None = _UNSET,
     notify: Callable[[Any], object] | None = _UNSET,
     authorize: Callable[[Any, str | None], bool] | None = _UNSET,
@@ -77,7 +77,9 @@ def configure(
     """Set defaults for this process. What is not named stays as it is; None restores the default.
 
     Args:
-        path: the journal's directory. Default: ``AGENTFLOW_PATH``, else ``.agentflow`` at the project root.
+        path: the journal's directory, or a database that several machines share: ``"postgresql://user@host/db"``,
+            with ``?schema=`` for another schema than ``agentflow``. Default: ``AGENTFLOW_PATH``, else ``.agentflow`` at
+            the project root.
         model: the model of calls that name none, such as ``"openai:gpt-4o-mini"``. Default: ``AGENTFLOW_MODEL``.
         notify: called with a ``HumanTask`` that is new, or of which people are reminded; its ``event`` says which.
         authorize: called with a task and the name given as ``by``; False refuses the answer.
@@ -106,7 +108,7 @@ def configure(
         UsageError: a value of the wrong kind; ``tracing=True`` without the package ``opentelemetry-api``.
     """
     if path is not _UNSET:
-        settings.path = None if path is None else Path(path).expanduser()
+        settings.path = None if path is None else place(path)
     if model is not _UNSET:
         if model is not None:
             if not isinstance(model, str):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from agentflow.errors import LeaseLost
-from agentflow.store import Add, Drop, Fence, Op, Put, Txn
+from agentflow.ops import Add, Drop, Fence, Op, Put, Txn
 from agentflow.voice import log
 
 
@@ -28,11 +28,20 @@ class _Entry:
 
 
 class Spill:
-    """The spilled records of one store. False when there are none."""
+    """The spilled records of one store. False when there are none.
 
-    def __init__(self, folder: Path, store: str) -> None:
+    Args:
+        place: the journal, for what is said.
+        store: its id.
+        folder: a directory that is there for them; None: there is none but this user's own.
+        cure: what people are to do so that the journal can be written again.
+    """
+
+    def __init__(self, place: object, store: str, folder: Path | None, cure: str) -> None:
+        self._place = place
         self._folder = folder
         self._store = store
+        self._cure = cure
         self._entries: list[_Entry] = []
         self._lock = threading.Lock()
 
@@ -56,16 +65,18 @@ class Spill:
             self._entries.append(_Entry(list(ops), fence, file))
         if file is None:
             log.error(
-                "%s: a paid reply could neither be recorded nor saved in a file; it is kept in memory only. Free some "
-                "space before this process ends.",
-                self._folder,
+                "%s: a paid reply could neither be recorded nor saved in a file; it is kept in memory only. %s before "
+                "this process ends.",
+                self._place,
+                self._cure,
             )
         else:
             log.warning(
                 "%s: a paid reply could not be recorded and was saved in %s; it will be taken in when the journal can "
-                "be written again. Free some space.",
-                self._folder,
+                "be written again. %s.",
+                self._place,
                 file,
+                self._cure,
             )
 
     def load(self) -> None:
@@ -130,14 +141,19 @@ class Spill:
     # -- files ------------------------------------------------------------------------------------
 
     def _folders(self, *, make: bool = True) -> Iterator[Path]:
-        """The journal's directory, then this user's own one in the temporary directories."""
-        yield self._folder
-        for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):
+        """The journal's directory, or this user's own one for state, then one in the temporary directories."""
+        bases = [os.environ.get("TMPDIR"), "/tmp", "/var/tmp"]
+        if self._folder is not None:
+            yield self._folder
+        else:
+            bases.insert(0, os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
+        for base in bases:
             if not base:
                 continue
             folder = Path(base) / f"agentflow-{os.getuid()}-{self._store}"
             try:
                 if make:
+                    os.makedirs(base, exist_ok=True)
                     folder.mkdir(mode=0o700, exist_ok=True)
                 stat = os.lstat(folder)
             except OSError:

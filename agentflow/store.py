@@ -14,54 +14,10 @@ from agentflow.errors import (
     JournalFull,
     JournalIncomplete,
     JournalReadOnly,
-    LeaseLost,
 )
-from agentflow.plain import Plain
+from agentflow.ops import Add, Fence, Op, Put, Txn, lease_starts
 
 DB_NAME = "cache.db"
-
-
-class Add(Plain):
-    """Record ``value`` under ``key`` unless the key is taken: the first one wins."""
-
-    __slots__ = ("key", "value")
-
-    def __init__(self, key: str, value: str) -> None:
-        self.key = key
-        self.value = value
-
-
-class Put(Plain):
-    """Write ``value`` under ``key``, replacing what was there (for documents that change)."""
-
-    __slots__ = ("key", "value")
-
-    def __init__(self, key: str, value: str) -> None:
-        self.key = key
-        self.value = value
-
-
-class Drop(Plain):
-    """Remove ``key``; nothing happens when it is not there."""
-
-    __slots__ = ("key",)
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-
-Op = Add | Put | Drop
-
-
-class Fence(Plain):
-    """A commit carrying it is refused with LeaseLost unless lease row ``key`` still has this ``token``."""
-
-    __slots__ = ("key", "token")
-
-    def __init__(self, key: str, token: int) -> None:
-        self.key = key
-        self.token = token
-
 
 _GET = "SELECT mode, value FROM Cache WHERE key = ? AND raw = 1"
 _SCAN = """SELECT key, value FROM Cache WHERE raw = 1 AND key > ? AND key < ? AND mode = 1 AND typeof(value) = 'text'
@@ -85,7 +41,7 @@ SEQUENCE = """SELECT coalesce((SELECT value FROM Agentflow WHERE key = 'commits'
 
 def add_alone(con: sqlite3.Connection, op: Add, fence: Fence) -> bool:
     """Commit one new record, outside a transaction. False: the lease is lost or the key taken, and nothing was done."""
-    lease = _lease_starts(fence)
+    lease = lease_starts(fence)
     now = time.time()
     given = (fence.key, len(lease), lease, op.key, now, now, op.value)
     try:
@@ -96,13 +52,8 @@ def add_alone(con: sqlite3.Connection, op: Add, fence: Fence) -> bool:
         raise
 
 
-def _lease_starts(fence: Fence) -> str:
-    # Lease rows are written with the token first (lease.py), so no JSON needs to be parsed here.
-    return f'{{"token":{fence.token},'
-
-
-class Txn:
-    """What a guarded function reads and writes: one IMMEDIATE transaction, valid only during the call."""
+class FileTxn(Txn):
+    """One IMMEDIATE transaction of SQLite."""
 
     __slots__ = ("_con", "_now")
 
@@ -111,30 +62,24 @@ class Txn:
         self._now = time.time()
 
     def get(self, key: str) -> str | None:
-        """The value of ``key``, None when there is none."""
         row = self._con.execute(_GET, (key,)).fetchone()
         return row[1] if row is not None and row[0] == 1 and type(row[1]) is str else None
 
     def scan(self, prefix: str, after: str = "") -> list[tuple[str, str]]:
-        """The rows whose keys begin with ``prefix``, a text of ASCII, and come after ``after``. They should be few."""
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         rows: list[tuple[str, str]] = self._con.execute(_SCAN, (max(prefix, after), end)).fetchall()
         return rows
 
     def add(self, key: str, value: str) -> bool:
-        """Record unless the key is taken. True if it was recorded."""
         return self._con.execute(_ADD, (key, self._now, self._now, value)).rowcount > 0
 
     def put(self, key: str, value: str) -> None:
-        """Write, replacing what was there."""
         self._con.execute(_PUT, (key, self._now, self._now, value))
 
     def drop(self, key: str) -> None:
-        """Remove the key if it is there."""
         self._con.execute(_DROP, (key,))
 
     def apply(self, ops: Sequence[Op]) -> list[bool]:
-        """Do all ops in order. Per Add: True if it was recorded; Put and Drop: True."""
         done = []
         execute, now = self._con.execute, self._now
         for op in ops:
@@ -149,14 +94,8 @@ class Txn:
             done.append(True)
         return done
 
-    def check(self, fence: Fence) -> None:
-        """Raise LeaseLost unless the lease row still carries the fence's token."""
-        value = self.get(fence.key)
-        if value is None or not value.startswith(_lease_starts(fence)):
-            raise LeaseLost(
-                f"{fence.key}: this process no longer owns it (token {fence.token} was replaced): another process "
-                "took over after the lease had run out. Nothing was committed; run it again to go on from its records."
-            )
+    def now(self) -> float:
+        return time.time()
 
 
 def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:

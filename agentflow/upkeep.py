@@ -1,6 +1,6 @@
-"""Looking after a journal's files: whether all is there, how large it is, whole copies, and copies of some runs.
+"""Looking after a journal: whether all is there, how large it is, whole copies, and copies of some runs.
 
-``verify`` and ``stats`` open the database for reading only and change nothing, also where ``Journal.open`` refuses.
+``verify`` and ``stats`` open the files for reading only and change nothing, also where ``Journal.open`` refuses.
 """
 
 from __future__ import annotations
@@ -18,40 +18,21 @@ import orjson
 
 from agentflow import children, layout, rundocs
 from agentflow.errors import JournalError, JournalIncomplete, RunBusy, UsageError
-from agentflow.index import Row, in_key
-from agentflow.journal import Add, Journal, Op
+from agentflow.index import Row
+from agentflow.journal import Add, Journal, Op, Place, PostgresURL
 from agentflow.lease import acquire
 from agentflow.purge import keys_of
+from agentflow.rowcheck import FileTable, JournalTable, Problem, Rows
 from agentflow.store import DB_NAME, SEQUENCE, connect, translate
 
 _CHUNK = 2000
-_JSON = ("a", "m", "h", "e", "c", "lease", "claim")
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something about a journal that is not as it should be.
-
-    Attributes:
-        kind: ``"missing"`` (a part is not there), ``"damaged"`` (it is there and cannot be read), ``"foreign"`` (no
-            journal writes such rows; they are never read) or ``"leftover"`` (of something that was cut off; harmless).
-        where: the key or file.
-        what: in words.
-    """
-
-    kind: str
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.where}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
     """What ``verify`` has found; true when nothing is missing, damaged or foreign."""
 
-    path: Path
+    path: Place
     rows: int
     problems: list[Problem]
 
@@ -59,13 +40,25 @@ class Verified:
         return all(problem.kind == "leftover" for problem in self.problems)
 
 
-def verify(folder: Path, *, rows: bool = True) -> Verified:
+def verify(place: Place, *, rows: bool = True) -> Verified:
     """Look whether a journal is complete and readable. Nothing is changed.
 
     Args:
-        folder: its directory.
+        place: its directory, or the URL of its database.
         rows: True looks at every record; False only at the files and at what they say of one another.
     """
+    return _verify_folder(place, rows) if isinstance(place, Path) else _verify_database(place, rows)
+
+
+def _verify_database(url: PostgresURL, rows: bool) -> Verified:
+    try:
+        checker = Rows(JournalTable(Journal.open(url)))
+        return Verified(url, checker.look() if rows else 0, checker.problems)
+    except JournalError as error:
+        return Verified(url, 0, [Problem("damaged", url.schema, str(error))])
+
+
+def _verify_folder(folder: Path, rows: bool) -> Verified:
     problems: list[Problem] = []
     sibling = None
     try:
@@ -90,7 +83,7 @@ def verify(folder: Path, *, rows: bool = True) -> Verified:
                 if changed:
                     problems.append(Problem("damaged", DB_NAME, f"settings were changed from outside: {changed}"))
             if rows:
-                checker = _Rows(con)
+                checker = Rows(FileTable(con))
                 count = checker.look()
                 problems += checker.problems
     except JournalIncomplete as error:
@@ -111,133 +104,20 @@ def _spilled(path: Path) -> str:
     return "a paid reply that was saved beside the database; the next program that opens the journal takes it in"
 
 
-class _Rows:
-    """Every row of the table: of the kind that is written here, readable, and with what it refers to."""
+def stats(place: Place) -> dict[str, Any]:
+    """How large a journal is: files or tables, records by kind, runs by status.
 
-    def __init__(self, con: sqlite3.Connection) -> None:
-        self.con = con
-        self.problems: list[Problem] = []
-        self.runs: dict[str, dict[str, Any]] = {}
-        self.codes = {
-            key for (key,) in con.execute("SELECT key FROM Cache WHERE raw = 1 AND key >= 'c/' AND key < 'c0'")
-        }
-        self.slot = ""
-        self.versions: set[int] = set()
+    ``free_bytes`` and ``commits`` are None for a database, which counts neither.
+    """
+    if isinstance(place, PostgresURL):
+        from agentflow import pgjournal
 
-    def look(self) -> int:
-        """Look at all rows; their number."""
-        count = 0
-        for key, text in self._rows("r/", "r0"):
-            self._run(key, text)
-        for key, text in self._rows("", None):
-            count += 1
-            family = key.partition("/")[0]
-            if family == "s":
-                self._step(key, text)
-            elif family == "x":
-                self._index(key, text)
-            elif family == "xt":
-                if not self._has(f"h/{text}"):
-                    self._add("missing", key, f"the task {text} that it lists is not there")
-            elif family == "k" and "!" not in key:
-                self._record(key, text)
-            elif family in _JSON:
-                self._json(key, text)
-        self._end_of_slot()
-        return count
-
-    def _rows(self, low: str, high: str | None) -> Iterator[tuple[str, str]]:
-        sql = "SELECT key, raw, mode, typeof(value), filename, value FROM Cache WHERE key >= ?"
-        found = self.con.execute(
-            sql + (" AND key < ?" if high else "") + " ORDER BY key", (low, high) if high else (low,)
-        )
-        for key, raw, mode, kind, filename, value in found:
-            if type(key) is not str or raw != 1 or mode != 1 or kind != "text" or filename is not None:
-                if low == "":
-                    form = {2: "a side file", 3: "a side file", 4: "a pickle"}.get(mode, f"a {kind} value")
-                    self._add("foreign", str(key)[:200], f"{form}, which no journal writes; it is not read")
-            else:
-                yield key, value
-        if low == "":
-            for (key,) in self.con.execute("SELECT key FROM Cache WHERE typeof(key) <> 'text'").fetchall():
-                self._add("foreign", str(key)[:80], "its key is no text, which no journal writes; it is not read")
-
-    def _add(self, kind: str, where: str, what: str) -> None:
-        self.problems.append(Problem(kind, where, what))
-
-    def _has(self, key: str) -> bool:
-        found = self.con.execute("SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND mode = 1", (key,)).fetchone()
-        return found is not None
-
-    def _json(self, key: str, text: str) -> Any:
-        try:
-            return orjson.loads(text)
-        except ValueError:
-            self._add("damaged", key, "it cannot be read")
-            return None
-
-    def _run(self, key: str, text: str) -> None:
-        document = self._json(key, text)
-        needed = {"id", "workflow", "status", "created_at", "input", "epoch"}
-        if not isinstance(document, dict) or not needed <= set(document):
-            if document is not None:
-                self._add("damaged", key, "it is no document of a run")
-            return
-        self.runs[key.removeprefix("r/")] = document
-        if not self._has(rundocs.index_key(document)):
-            self._add("missing", rundocs.index_key(document), f"run {document['id']} is not in its index")
-
-    def _index(self, key: str, text: str) -> None:
-        document = self.runs.get(in_key(text))
-        if document is None:
-            self._add("missing", f"r/{in_key(text)}", f"the run that {key} lists is not there")
-        elif rundocs.index_key(document) != key:
-            self._add("damaged", key, f"it lists run {text} under another status than {document['status']}")
-
-    def _step(self, key: str, text: str) -> None:
-        base, _, mark = key.partition("!")
-        slot, _, version = base.rpartition(".")
-        if slot != self.slot:
-            self._end_of_slot()
-            self.slot, self.versions = slot, set()
-        if mark:
-            if not self._has(base):
-                self._add("missing", base, f"the record that {key} marks is not there")
-            return
-        if version.isdigit():
-            self.versions.add(int(version))
-        run = key.split("/")[1]
-        if run not in self.runs and run != "scratch":
-            self._add("leftover", key, f"there is no run {run}")
-        self._record(key, text)
-
-    def _end_of_slot(self) -> None:
-        if self.versions and (gaps := set(range(max(self.versions))) - self.versions):
-            self._add("missing", f"{self.slot}.{min(gaps)}", "an earlier version of a step's record is not there")
-
-    def _record(self, key: str, text: str) -> None:
-        try:
-            row = Row(key, text)
-            head, output = row.head, orjson.loads(row.output)
-            if row.given:
-                orjson.loads(row.given)
-            name, code = head["name"], head["code"]
-        except (ValueError, KeyError, TypeError):
-            self._add("damaged", key, "a step's record that cannot be read")
-            return
-        if code and f"c/{code}" not in self.codes:
-            self._add("missing", f"c/{code}", f"the code of step {name!r} is not there")
-            self.codes.add(f"c/{code}")
-        if (named := head.get("named")) and head["status"] == "completed" and not self._has(named):
-            self._add("missing", named, f"the result of step {name!r} under its key is not there")
-        if head["kind"] == "ai" and isinstance(output, list):
-            for vector in output:
-                if isinstance(vector, str) and vector.startswith("e/") and not self._has(vector):
-                    self._add("missing", vector, f"a vector of step {name!r} is not there")
+        sizes, families, statuses = pgjournal.sizes(place)
+        return _stats(place, sizes, families, statuses, None, None)
+    return _stats_of_folder(place)
 
 
-def stats(folder: Path) -> dict[str, Any]:
-    """How large a journal is: files, records by kind, runs by status."""
+def _stats_of_folder(folder: Path) -> dict[str, Any]:
     file = folder / DB_NAME
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     try:
@@ -256,15 +136,25 @@ def stats(folder: Path) -> dict[str, Any]:
             (commits,) = con.execute(SEQUENCE).fetchone()
     except sqlite3.Error as error:
         raise translate(error, file) from error
-    records = {_NAMES.get(family, family): {"rows": rows, "bytes": size or 0} for family, rows, size in families}
+    return _stats(folder, sizes, families, statuses, free, int(commits))
+
+
+def _stats(
+    place: Place,
+    sizes: dict[str, int],
+    families: list[tuple[str, int, int]],
+    statuses: dict[str, int],
+    free: int | None,
+    commits: int | None,
+) -> dict[str, Any]:
     return {
-        "path": str(folder),
+        "path": str(place),
         "bytes": sum(sizes.values()),
         "free_bytes": free,
         "files": sizes,
-        "commits": int(commits),
+        "commits": commits,
         "runs": statuses,
-        "records": records,
+        "records": {_NAMES.get(family, family): {"rows": rows, "bytes": size or 0} for family, rows, size in families},
     }
 
 
@@ -281,7 +171,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def backup(folder: Path, target: Path) -> Path:
+def backup(folder: Place, target: Path) -> Path:
     """Make a complete copy of a journal, also while programs write to it: as it was at one moment.
 
     The copy can be opened in place of the journal. It is the same journal as far as its id goes, so do not go on
@@ -292,9 +182,15 @@ def backup(folder: Path, target: Path) -> Path:
         target: a directory that does not exist yet, or is empty.
 
     Raises:
-        UsageError: the target holds something.
+        UsageError: the target holds something; or the journal is in a database, which has its own means.
         JournalIncomplete: the journal itself is not complete; see ``verify``.
     """
+    if isinstance(folder, PostgresURL):
+        raise UsageError(
+            f"{folder}: a journal in PostgreSQL is backed up by pg_dump, as it is at one moment: "
+            f"pg_dump --schema={folder.schema} -f journal.sql DATABASE. `agentflow journal copy DIR` takes its runs "
+            "into a directory."
+        )
     sibling = layout.read_sibling(folder)
     if sibling is None or not (folder / DB_NAME).exists():
         raise layout.missing_store(folder)
@@ -364,7 +260,7 @@ def copy(source: Journal, target: Journal, run_ids: Iterable[str] | None = None)
         RunNotFound: one is not there.
     """
     if source.id == target.id:
-        raise UsageError(f"{target.path} is the same journal, or a backup of it. Name another directory.")
+        raise UsageError(f"{target.path} is the same journal, or a backup of it. Name another place.")
     every = run_ids is None
     wanted = [d["id"] for d in rundocs.listed(source)][::-1] if run_ids is None else list(run_ids)
     wanted = [rundocs.find(source, run_id)["id"] for run_id in wanted]

@@ -3,8 +3,8 @@
 Due is a run that was interrupted (its process is gone), that somebody has answered, or whose time has come; a tick of
 a schedule makes one (``schedules.py``). Each is
 found in an index of its own (``x/interrupted/``, ``x/running/``, ``wake/``, ``due/``), so what it costs to look does
-not depend on how many runs have ended or wait. Between two looks the worker asks SQLite whether anybody has
-committed, which reads shared memory and no disk.
+not depend on how many runs have ended or wait. Between two looks the worker asks the journal whether anybody has
+committed, which reads no disk.
 
 Several workers share a journal: who takes a run's lease has it. A run that was started inside another one is gone on
 with by way of that one.
@@ -52,7 +52,7 @@ def due(journal: Journal, at: float) -> Iterator[dict[str, Any]]:
             continue
         seen.add(document["id"])
         owner = holder(journal, rundocs.lease_key(document["id"]))
-        if owner is None or not alive(owner):
+        if owner is None or not alive(owner, now=journal.clock()):
             yield document
 
 
@@ -247,7 +247,8 @@ def enrolled(journal: Journal) -> list[dict[str, Any]]:
     for key, text in journal.scan("worker/"):
         owner = holder(journal, f"lease-{key}")
         facts: dict[str, Any] = orjson.loads(text)
-        found.append(facts | {"alive": owner is not None and alive(owner) and not gone(owner)})
+        there = owner is not None and alive(owner, now=journal.clock()) and not gone(journal, owner)
+        found.append(facts | {"alive": there})
     return found
 
 

@@ -9,8 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from agentflow.pgurl import PostgresURL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,7 +109,9 @@ def start_program(source: str | Path, folder: Path, *args: str, env: dict[str, s
 def environment(folder: Path, env: dict[str, str] | None = None) -> dict[str, str]:
     base = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "ANTHROPIC_"))}
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
-    return {**base, "AGENTFLOW_PATH": str(folder / "journal"), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
+    there = os.environ.get("AGENTFLOW_PATH", "")  # a database is the same for all; a directory is that of the folder
+    there = there if there.startswith("postgresql://") else str(folder / "journal")
+    return {**base, "AGENTFLOW_PATH": there, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
 
 
 def notes(folder: Path) -> list[str]:
@@ -114,21 +120,50 @@ def notes(folder: Path) -> list[str]:
     return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
-def stop_between_commits(folder: Path, pid: int) -> None:
+def stop_between_commits(where: Path | PostgresURL, pid: int) -> None:
     """Stops a child of this process, as SIGSTOP does, at a moment when it does not hold the journal's write lock.
 
     Stopped inside a transaction it would keep everybody from committing, which is another question.
     """
-    con = sqlite3.connect(folder / "cache.db", timeout=0.05, isolation_level=None)
-    while True:
-        os.kill(pid, signal.SIGSTOP)
-        # kill() returns before every thread has stopped: until then one of them can still take the lock.
-        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        try:
-            con.execute("BEGIN IMMEDIATE")
-            con.execute("ROLLBACK")
-            break
-        except sqlite3.OperationalError:
+    with _can_commit(where, pid) as can_commit:
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            # kill() returns before every thread has stopped: until then one of them can still take the lock.
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if can_commit():
+                return
             os.kill(pid, signal.SIGCONT)
             time.sleep(0.001)
-    con.close()
+
+
+@contextmanager
+def _can_commit(where: Path | PostgresURL, pid: int) -> Iterator[Callable[[], bool]]:
+    """Tells whether nobody is at a commit, so that the process that was stopped is not either."""
+    if isinstance(where, PostgresURL):
+        import psycopg
+
+        with psycopg.connect(where.conninfo, autocommit=True) as con:
+            ((store,),) = con.execute(f"SELECT value FROM {where.schema}.about WHERE key = 'store'").fetchall()
+
+            def nobody_has_it() -> bool:
+                at_work = "SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND state <> 'idle'"
+                if con.execute(at_work, (f"agentflow {pid}",)).fetchall():
+                    return False
+                ((mine,),) = con.execute("SELECT pg_try_advisory_lock(%s)", (int(store[:15], 16),)).fetchall()
+                if mine:
+                    con.execute("SELECT pg_advisory_unlock_all()")
+                return bool(mine)
+
+            yield nobody_has_it
+        return
+    with closing(sqlite3.connect(where / "cache.db", timeout=0.05, isolation_level=None)) as files:
+
+        def lock_is_free() -> bool:
+            try:
+                files.execute("BEGIN IMMEDIATE")
+                files.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                return False
+            return True
+
+        yield lock_is_free

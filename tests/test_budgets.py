@@ -26,6 +26,7 @@ from agentflow import (
     lease,
     ledger,
     parallel,
+    scratch,
     step,
     sync,
     workflow,
@@ -333,14 +334,14 @@ def test_what_was_paid_before_a_kill_and_what_was_in_flight_still_count_after_it
         process = start_program(program, tmp_path, "0.06", env=server.environment)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL and len(server.arrived) == 3
-        line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
+        line = costlines.summary(scratch.open_journal())[0]
         assert line.calls == 2 and line.in_doubt == 1
         ended = run_program(program, tmp_path, "0.06", env=server.environment, expect_failure=True)
         assert "BudgetExceeded" in ended.err and server.charged <= Decimal("0.06")
         sent = len(server.arrived)
         assert run_program(program, tmp_path, "1.00", env=server.environment).out == "6\n"
         assert len(server.arrived) == 7 and sent < 7, "six calls, and the one in doubt again"
-    line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
+    line = costlines.summary(scratch.open_journal())[0]
     assert line.calls == 6 and line.in_doubt == 1
     assert line.paid is not None and line.in_doubt_at_most is not None
     assert line.paid + line.in_doubt_at_most >= server.charged
@@ -415,7 +416,7 @@ def test_processes_that_run_at_once_share_the_budget_of_the_day(tmp_path: Path) 
         errors = [process.communicate(timeout=120)[1] for process in started]
     assert all("BudgetExceeded" in error for error in errors), errors
     assert Decimal("0.15") < server.charged <= Decimal("0.20")
-    line = costlines.summary(Journal.open(tmp_path / "journal"))[0]
+    line = costlines.summary(scratch.open_journal())[0]
     assert line.paid == server.charged and line.in_doubt == 0
 
 
@@ -444,7 +445,7 @@ async def test_a_note_that_stayed_behind_in_this_process_counts_and_holds_nobody
     till: Till, journal: Journal
 ) -> None:
     facts = {"run": "r", "workflow": "w", "step": "s", "call": "s", "model": MODEL, "at_most": "0.04"}
-    row = json.dumps({**facts, "owner": lease.this_process()})
+    row = json.dumps({**facts, "owner": lease.this_process(journal)})
     journal.commit([Add(f"lr/{int(time.time() * 1000):014d}/r/s/1", row)])
     agentflow.configure(budget="0.05/month")
     with pytest.raises(BudgetExceeded, match=r"\$0\.04 of it is spent"):

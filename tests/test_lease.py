@@ -16,6 +16,7 @@ from agentflow import lease as leases
 from agentflow.errors import LeaseLost, RunBusy
 from agentflow.journal import Add, Journal, Put
 from agentflow.lease import aacquire, acquire, alive, holder
+from tests.conftest import Kept
 from tests.programs import stop_between_commits
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +38,8 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def journal(tmp_path):
-    opened = Journal.open(tmp_path / "j")
-    yield opened
-    opened.close()
+def journal(kept: Kept) -> Journal:
+    return kept.journal
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 
 from agentflow import opening, runs, step, workflow
 from agentflow.errors import LeaseLost, RunBusy
+from agentflow.scratch import open_journal
 from agentflow.sync import step as step_sync
 from agentflow.sync import workflow as workflow_sync
 from tests.programs import environment, notes, stop_between_commits, write_program
@@ -203,7 +204,7 @@ def test_an_owner_stopped_past_its_lease_can_commit_nothing_when_it_wakes(
     file = write_program(OWNED, tmp_path)
     owner = processes.start(file, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted(f"ran second {owner.pid}"), "the owner is at work")
-    stop_between_commits(tmp_path / "journal", owner.pid)
+    stop_between_commits(open_journal().path, owner.pid)
     try:
         (tmp_path / "go").touch()
         told = processes.end(processes.start(file, AGENTFLOW_LEASE_SECONDS="0.6", BUSY="wait"))
@@ -223,7 +224,7 @@ def test_an_owner_stopped_past_its_lease_can_commit_nothing_when_it_wakes(
 def test_an_owner_stopped_past_its_lease_goes_on_when_nobody_took_over(processes: Processes, tmp_path: Path) -> None:
     owner = processes.start(OWNED, AGENTFLOW_LEASE_SECONDS="0.3")
     processes.until(lambda: processes.noted("ran second"), "the owner is at work")
-    stop_between_commits(tmp_path / "journal", owner.pid)
+    stop_between_commits(open_journal().path, owner.pid)
     try:
         processes.until(lambda: runs.list()[0].status == "interrupted", "its lease has run out")
     finally:
@@ -307,7 +308,7 @@ def test_a_process_stopped_within_a_keyed_step_gets_the_result_of_the_one_that_t
     mine = "1" if where == "workflow" else "outside"
     first = processes.start(file, mine, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted("ran charge"), "the first is at work")
-    stop_between_commits(tmp_path / "journal", first.pid)
+    stop_between_commits(open_journal().path, first.pid)
     try:
         second = processes.start(file, "2", AGENTFLOW_LEASE_SECONDS="0.6")
         assert processes.end(second).strip() == str(second.pid)
@@ -337,7 +338,7 @@ def test_a_process_stopped_within_a_step_outside_a_workflow_gets_what_is_on_reco
     file = write_program(source, tmp_path)
     first = processes.start(file, GATE="late", AGENTFLOW_LEASE_SECONDS="0.6")
     processes.until(lambda: processes.noted("ran draw"), "the first is at work")
-    stop_between_commits(tmp_path / "journal", first.pid)
+    stop_between_commits(open_journal().path, first.pid)
     try:
         second = processes.start(file, AGENTFLOW_LEASE_SECONDS="0.6")
         assert processes.end(second).strip() == str(second.pid)

@@ -6,7 +6,7 @@ import pytest
 
 from agentflow.calls import PLAIN, Options
 from agentflow.lease import Owner
-from agentflow.store import Add, Drop, Fence, Put
+from agentflow.ops import Add, Drop, Fence, Put
 
 
 def test_they_are_equal_by_class_and_fields() -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from agentflow.errors import JournalError
-from agentflow.journal import Journal
-from agentflow.layout import SIBLING, default_path
+from agentflow.journal import Journal, default_path, exists
 from agentflow.scratch import open_journal
 from agentflow.settings import settings
 
@@ -32,9 +31,7 @@ def _keys(prefix: str, incomplete: str) -> Iterator[str]:
 
 
 def _journal() -> Journal | None:
-    if not ((settings.path or default_path()) / SIBLING).exists():
-        return None
     try:
-        return open_journal()
+        return open_journal() if exists(settings.path or default_path()) else None
     except JournalError:
         return None

@@ -23,6 +23,7 @@ import agentflow
 from agentflow import runs, shapes, tasks
 from agentflow.cli import output
 from agentflow.errors import AgentflowError
+from agentflow.journal import Place, PostgresURL
 from agentflow.providers import resolve
 from agentflow.records import HumanTask, money
 from agentflow.scratch import open_journal
@@ -108,7 +109,7 @@ class _Story:
         """One process over all orders; what it says is shown as it comes."""
         package = str(Path(agentflow.__file__).parent.parent)
         environment = os.environ | {
-            "AGENTFLOW_PATH": str(self.journal),
+            "AGENTFLOW_PATH": self.journal.whole if isinstance(self.journal, PostgresURL) else str(self.journal),
             "AGENTFLOW_DEMO_BOOK": str(self.book),
             "AGENTFLOW_DEMO_KILL": killed_at,
             "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
@@ -216,7 +217,7 @@ def _suspect(waiting: list[HumanTask]) -> HumanTask | None:
     return max(waiting, key=lambda task: Decimal(str(task.data["total"])), default=None)
 
 
-def _found_by_itself(journal: Path) -> bool:
+def _found_by_itself(journal: Place) -> bool:
     """Whether the next command here looks into the same journal."""
     from agentflow.layout import default_path
 

@@ -20,12 +20,10 @@ from agentflow.cli import output
 from agentflow.cli.journal import size
 from agentflow.durations import words
 from agentflow.errors import JournalError, UsageError
-from agentflow.journal import Journal
-from agentflow.layout import SIBLING, default_path
+from agentflow.journal import Journal, PostgresURL, default_path, exists
 from agentflow.providers import resolve
 from agentflow.scratch import open_journal
 from agentflow.settings import settings
-from agentflow.store import DB_NAME
 
 _PACKAGES = (
     "openai", "anthropic", "pydantic", "diskcache", "tiktoken", "genai-prices", "cronsim", "starlette", "uvicorn",
@@ -74,7 +72,10 @@ def _model() -> Iterator[Check]:
 
 def _journal() -> Iterator[Check]:
     folder = settings.path or default_path()
-    if not (folder / DB_NAME).exists() and not (folder / SIBLING).exists():
+    if isinstance(folder, PostgresURL):
+        yield from _database(folder)
+        return
+    if not exists(folder):
         try:
             layout.check_place(Path(os.path.abspath(folder)))
             yield "journal", None, f"none yet; it will be in {folder}"
@@ -92,6 +93,23 @@ def _journal() -> Iterator[Check]:
     if wrong:
         return
     yield from _runs(open_journal())
+
+
+def _database(url: PostgresURL) -> Iterator[Check]:
+    try:
+        if not exists(url):
+            yield "journal", None, f"none yet; the schema {url.schema} will be made in {url}"
+            return
+        journal = open_journal()
+    except (JournalError, UsageError) as error:
+        yield "journal", False, str(error)
+        return
+    yield "psycopg", True, metadata.version("psycopg")
+    yield "journal", True, str(url)
+    from agentflow.pgjournal import about_server
+
+    yield from about_server(url)
+    yield from _runs(journal)
 
 
 def _runs(journal: Journal) -> Iterator[Check]:

@@ -94,12 +94,11 @@ def when(moment: datetime | None) -> str | None:
 
 def has_journal() -> bool:
     """Whether there is one to look at; looking creates none."""
-    from agentflow.layout import SIBLING, default_path
-    from agentflow.store import DB_NAME
+    from agentflow.journal import default_path, exists
 
-    folder = settings.path or default_path()
-    if (folder / DB_NAME).exists() or (folder / SIBLING).exists():
+    where = settings.path or default_path()
+    if exists(where):
         open_journal()
         return True
-    words(f"No journal in {folder}. AGENTFLOW_PATH=... or another directory looks elsewhere.")
+    words(f"No journal in {where}. AGENTFLOW_PATH=... or another directory looks elsewhere.")
     return False

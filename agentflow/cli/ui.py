@@ -9,7 +9,7 @@ import orjson
 import typer
 
 from agentflow.cli import output
-from agentflow.cli.journal import folder
+from agentflow.cli.journal import place
 
 
 def ui(
@@ -30,7 +30,7 @@ def ui(
     The address that is printed holds a token, which is another one at each start; who has it can read the journal and
     decide. It is one process beside those that run workflows, and needs none of their code.
     """
-    where = folder()
+    where = place()
     from agentflow.ui.serve import Server, browser, has_browser
 
     server = Server(where, host, port)

@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 import agentflow
 from agentflow import costlines, errors, rundocs, shapes, tasks
 from agentflow.handles import Run
-from agentflow.journal import Journal
+from agentflow.journal import Journal, Place
 from agentflow.records import moment
 from agentflow.scratch import open_journal
 from agentflow.settings import now
@@ -46,12 +46,12 @@ class Routes:
     """The routes over one journal.
 
     Args:
-        folder: its directory.
+        place: its directory, or the URL of its database.
         stopped: whether the server is about to end.
     """
 
-    def __init__(self, folder: Path, stopped: Callable[[], bool]) -> None:
-        self._folder = folder
+    def __init__(self, place: Place, stopped: Callable[[], bool]) -> None:
+        self._place = place
         self._stopped = stopped
 
     def app(self) -> Starlette:
@@ -74,8 +74,8 @@ class Routes:
 
     def journal(self) -> Journal:
         """The journal, unless it is gone: looking at it must not make another one."""
-        if not (self._folder / DB_NAME).exists():
-            raise errors.JournalIncomplete(f"the journal {self._folder} is not there any more.")
+        if isinstance(self._place, Path) and not (self._place / DB_NAME).exists():
+            raise errors.JournalIncomplete(f"the journal {self._place} is not there any more.")
         return open_journal()
 
     def page(self, request: Request) -> Response:
@@ -85,7 +85,7 @@ class Routes:
         """The journal, the version, how many tasks are open."""
         journal = self.journal()
         open_ = sum(1 for _ in journal.keys("xt/open/"))
-        return _json({"journal": str(self._folder), "version": agentflow.__version__, "open_tasks": open_})
+        return _json({"journal": str(self._place), "version": agentflow.__version__, "open_tasks": open_})
 
     def runs(self, request: Request) -> Response:
         """Runs as in ``runs list --json``: ``status, workflow, limit, before`` (the last answer's ``next``)."""

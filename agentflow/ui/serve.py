@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 import uvicorn
 
 from agentflow.errors import UsageError
+from agentflow.journal import Place
 from agentflow.ui.guard import Guard, is_loopback
 from agentflow.ui.routes import Routes
 
@@ -29,7 +31,7 @@ class Server:
     """The page over one journal, bound but not served yet.
 
     Args:
-        folder: the journal's directory.
+        place: the journal's directory, or the URL of its database.
         host: the address to bind to.
         port: None takes 8765 or the next one that is free; 0 any.
 
@@ -40,7 +42,7 @@ class Server:
         UsageError: the address cannot be bound to.
     """
 
-    def __init__(self, folder: Path, host: str, port: int | None) -> None:
+    def __init__(self, place: Place, host: str, port: int | None) -> None:
         self.token = secrets.token_urlsafe(32)
         self._socket = _bound(host, port)
         self.port: int = self._socket.getsockname()[1]
@@ -50,7 +52,7 @@ class Server:
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.port}/?token={self.token}"
         names = {host.lower()} if self.is_local else {host.lower(), name, socket.getfqdn().lower()}
         app = Guard(
-            Routes(folder, lambda: self._server.should_exit).app(),
+            Routes(place, lambda: self._server.should_exit).app(),
             token=self.token,
             names=frozenset(names),
             anywhere=not self.is_local,
@@ -112,12 +114,14 @@ def has_browser() -> bool:
 
 
 @contextlib.contextmanager
-def browser(url: str, folder: Path) -> Iterator[Callable[[], None]]:
+def browser(url: str, place: Place) -> Iterator[Callable[[], None]]:
     """What opens the page in the person's browser, by way of a file: other users see a process's arguments.
 
-    The file is in ``folder`` and readable by its owner alone; it is gone when the context is left.
+    The file is beside the journal, or in a temporary directory where that is in a database, and readable by its owner
+    alone; it is gone when the context is left.
     """
-    file = folder / f"new-ui-{os.getpid()}.html"
+    made_for_it = None if isinstance(place, Path) else tempfile.mkdtemp(prefix="agentflow-ui-")
+    file = (place if isinstance(place, Path) else Path(str(made_for_it))) / f"new-ui-{os.getpid()}.html"
 
     def open_() -> None:
         threading.Thread(target=to_browser, daemon=True).start()  # it may take as long as the browser does
@@ -132,3 +136,5 @@ def browser(url: str, folder: Path) -> Iterator[Callable[[], None]]:
         yield open_
     finally:
         file.unlink(missing_ok=True)
+        if made_for_it is not None:
+            os.rmdir(made_for_it)
