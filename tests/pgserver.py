@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pwd
 import shutil
@@ -16,21 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.debian import installed
+
 PASSWORD = "s3cret-of-flow"
 
 
 def binaries() -> Path:
-    """Where initdb and pg_ctl are; installed by apt-get, once, when they are nowhere."""
-    with open(Path(tempfile.gettempdir()) / "agentflow-tests-apt.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = _found()
-        if found is None:
-            env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            for command in (["update"], ["install", "-y", "--no-install-recommends", "postgresql"]):
-                subprocess.run(["apt-get", "-qq", *command], check=True, env=env, stdout=subprocess.DEVNULL)
-            found = _found()
-    assert found is not None, "apt-get install postgresql has brought no initdb"
-    return found
+    """Where initdb and pg_ctl are."""
+    return installed("postgresql", _found)
 
 
 def _found() -> Path | None:

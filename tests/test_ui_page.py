@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
@@ -26,6 +22,7 @@ from agentflow import Retry, generate_content, human_task, ledger, runs, step, t
 from agentflow.scratch import open_journal
 from agentflow.testing import FakeModel
 from agentflow.worker import enrolled
+from tests.debian import installed
 from tests.programs import run_program, start_program, write_program
 from tests.ui_server import Served, serve, until
 
@@ -41,14 +38,7 @@ expect.set_options(timeout=30_000)
 
 @pytest.fixture(scope="session")
 def chromium() -> Path:
-    """Debian's Chromium, installed where it is missing; one process of several installs it."""
-    with (Path(tempfile.gettempdir()) / "agentflow-tests-chromium.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not CHROMIUM.exists():
-            assert shutil.which("apt-get"), "these tests need /usr/bin/chromium, and there is no apt-get to install it"
-            subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-            subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", "chromium"], check=True, capture_output=True)
-    return CHROMIUM
+    return installed("chromium", lambda: CHROMIUM if CHROMIUM.exists() else None)
 
 
 @pytest.fixture(scope="module")
