@@ -140,12 +140,24 @@ class Reads(ABC):
 
 
 class _Reader:
-    """A thread's read connection, closed with its thread."""
+    """A thread's read connection, closed with its thread. A context around each use of it by that thread."""
 
-    __slots__ = ("__weakref__", "con")
+    __slots__ = ("__weakref__", "_reads", "busy", "con")
 
-    def __init__(self, con: sqlite3.Connection) -> None:
+    def __init__(self, con: sqlite3.Connection, reads: FileReads) -> None:
         self.con = con
+        self.busy = False
+        self._reads = reads
+
+    def __enter__(self) -> sqlite3.Connection:
+        self.busy = True  # before the question: whoever closes says so before it looks who is busy
+        if self._reads.closed:
+            self.busy = False
+            raise self._reads.closed_error()
+        return self.con
+
+    def __exit__(self, *exc: object) -> None:
+        self.busy = False
 
     def __del__(self) -> None:
         self.con.close()
@@ -156,16 +168,20 @@ class FileReads(Reads):
 
     def __init__(self, file: Path, spill: Spill) -> None:
         super().__init__(spill)
+        self.closed = False
         self._file = file
-        self._closed = False
         self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
         self._local = threading.local()
 
     def close(self) -> None:
-        self._closed = True
+        self.closed = True
         for reader in list(self._readers):
-            reader.con.close()
-        self._local = threading.local()
+            # Closed while its thread is inside SQLite, it would take the process down. That one goes with its thread.
+            if not reader.busy:
+                reader.con.close()
+
+    def closed_error(self) -> UsageError:
+        return UsageError(f"The journal {self._file.parent} is closed: open it again with Journal.open().")
 
     def forked(self) -> list[object]:
         readers = list[object](self._readers)
@@ -173,25 +189,27 @@ class FileReads(Reads):
         self._local = threading.local()
         return readers
 
-    def _connection(self) -> sqlite3.Connection:
+    def _reader(self) -> _Reader:
         reader: _Reader | None = getattr(self._local, "reader", None)
         if reader is None:
-            if self._closed:
-                raise UsageError(f"The journal {self._file.parent} is closed: open it again with Journal.open().")
+            if self.closed:
+                raise self.closed_error()
             try:
-                reader = _Reader(connect(self._file, readonly=True))
+                reader = _Reader(connect(self._file, readonly=True), self)
             except sqlite3.Error as error:
                 raise translate(error, self._file) from error
             self._readers.add(reader)
             self._local.reader = reader
-        return reader.con
+        return reader
 
     def version(self) -> int:
         # This reads shared memory, and no disk.
-        return int(self._connection().execute("PRAGMA data_version").fetchone()[0])
+        with self._reader() as con:
+            return int(con.execute("PRAGMA data_version").fetchone()[0])
 
     def get(self, key: str) -> str | None:
-        row = self._connection().execute("SELECT mode, value FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
+        with self._reader() as con:
+            row = con.execute("SELECT mode, value FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
         value = None if row is None else self._text(key, row[0], row[1])
         return self._spill.see(key, value) if self._spill else value
 
@@ -214,18 +232,20 @@ class FileReads(Reads):
                 f"ORDER BY key {direction} LIMIT ?"
             )
             want = size if left < 0 else min(size, left)
-            cursor = self._connection().execute(sql, (low, high, want))
+            page: list[Any]
             page, chars = [], 0
-            if values:
-                for row in cursor:
-                    page.append(row)
-                    value = row[-1]
-                    chars += len(value) if type(value) is str else 0
-                    if chars > PAGE_CHARS:
-                        break
-            else:
-                page = cursor.fetchall()
-            cursor.close()
+            with self._reader() as con:
+                cursor = con.execute(sql, (low, high, want))
+                if values:
+                    for row in cursor:
+                        page.append(row)
+                        value = row[-1]
+                        chars += len(value) if type(value) is str else 0
+                        if chars > PAGE_CHARS:
+                            break
+                else:
+                    page = cursor.fetchall()
+                cursor.close()
             if page:
                 yield self._decoded(page) if values else page
             if len(page) < want and chars <= PAGE_CHARS:
@@ -242,14 +262,17 @@ class FileReads(Reads):
 
     def _rowids(self, prefix: str) -> Iterator[int]:
         sql = "SELECT rowid FROM Cache WHERE raw = 1 AND key >= ? AND key < ?"
-        return (rowid for (rowid,) in self._connection().execute(sql, (prefix, prefix_end(prefix) or b"")))
+        with self._reader() as con:
+            yield from (rowid for (rowid,) in con.execute(sql, (prefix, prefix_end(prefix) or b"")))
 
     def _at(self, rowids: Sequence[int]) -> Iterator[tuple[int, str, str]]:
         among, which = f"IN ({','.join('?' * len(rowids))})", list(rowids)
         if rowids[-1] - rowids[0] == len(rowids) - 1:  # one after the other, as a run alone writes them
             among, which = "BETWEEN ? AND ?", [rowids[0], rowids[-1]]
         sql = f"SELECT rowid, key, mode, value FROM Cache WHERE rowid {among} ORDER BY rowid"
-        for rowid, key, mode, value in self._connection().execute(sql, which).fetchall():
+        with self._reader() as con:
+            found = con.execute(sql, which).fetchall()
+        for rowid, key, mode, value in found:
             if isinstance(key, str):
                 text = value if mode == 1 and type(value) is str else self._text(key, mode, value)
                 if text is not None:

@@ -657,3 +657,43 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize(("kind", "safe"), [("ext4", True), ("tmpfs", True), ("btrfs", False), ("zfs", False)])
 def test_files_are_mapped_only_where_a_full_disk_cannot_kill_the_process(kind, safe):
     assert layout.can_map(Path("/data/journal"), f"dev / ext4 rw 0 0\ndev /data {kind} rw 0 0\n") is safe
+
+
+CLOSED_WHILE_READ = """
+import sys, threading
+from pathlib import Path
+from agentflow.errors import UsageError
+from agentflow.journal import Add, Journal
+
+def read(journal, ended):
+    try:
+        while True:
+            for k in range(50):
+                journal.get(f"a/{k:04d}")
+            list(journal.scan("a/"))
+    except UsageError as error:
+        ended.append(str(error))
+
+for i in range(150):
+    journal = Journal.open(Path(sys.argv[1]) / str(i))
+    journal.commit([Add(f"a/{k:04d}", "x" * 2000) for k in range(100)])
+    ended = []
+    threads = [threading.Thread(target=read, args=(journal, ended)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while not ended:  # they are at it
+        if journal.get("a/0099") is not None and all(thread.is_alive() for thread in threads):
+            break
+    journal.close()
+    for thread in threads:
+        thread.join()
+    assert len(ended) == 2 and all("is closed" in text for text in ended), ended
+"""
+
+
+def test_a_journal_that_is_closed_while_other_threads_read_says_so_to_them(tmp_path):
+    """SQLite would take the process down: threads that nobody waits for are at work when a program ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED_WHILE_READ, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

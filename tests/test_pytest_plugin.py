@@ -310,7 +310,7 @@ def test_a_session_that_does_not_use_agentflow_imports_nothing_of_it(project: Pr
     done = project.pytest("-s", "-q", "test_other.py")
     assert done.code == 0, done
     line = next(line for line in done.text.splitlines() if line.startswith("["))
-    assert json.loads(line.rstrip(".")) == ["agentflow", "agentflow.errors", "agentflow.pytest_plugin"]
+    assert json.loads(line.rstrip(".")) == ["agentflow", "agentflow.errors", "agentflow.pytest_plugin", "agentflow.rich"]
 
 
 def test_what_a_killed_session_left_in_memory_is_removed_by_the_next_one(project: Project) -> None:

@@ -492,8 +492,8 @@ APP = """
         die()
 
     if os.environ.get("DIE") == "inside":
-        put = store.Txn.put
-        store.Txn.put = lambda txn, key, value: die() if key.startswith("sc/") and "2026" in value else put(txn, key, value)
+        put = store.FileTxn.put
+        store.FileTxn.put = lambda txn, key, value: die() if key.startswith("sc/") and "2026" in value else put(txn, key, value)
     if os.environ.get("DIE") == "after":
         schedules.log.info = dies  # the first line after the runs are made
         schedules.Ticker.lines = lambda self: ()

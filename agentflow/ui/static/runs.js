@@ -192,13 +192,13 @@ function runList() {
     a.className = statusClass(run.status);
     if (run.id === selected) a.setAttribute("aria-current", "true");
     else a.removeAttribute("aria-current");
-    a.title = `${run.id} · ${run.workflow} · ${run.status}`;
+    const saved = run.saved ? ` · saved ${money(run.saved)}` : "";
+    a.title = `${run.id} · ${run.workflow} · ${run.status}${saved}`;
     li.querySelector(".at").textContent = when(run.started_at);
     const took = run.completed_at ? duration(between(run.started_at, run.completed_at)) : "";
     put(li.querySelector(".what"), chip(run.status), " ", run.workflow);
     const paid = run.cost ? money(run.cost) : "";
-    const saved = run.saved ? `saved ${money(run.saved)}` : "";
-    li.querySelector(".much").textContent = [took, paid, saved].filter(Boolean).join(" · ");
+    li.querySelector(".much").textContent = [took, paid].filter(Boolean).join(" · ");
   }
 
   return {
