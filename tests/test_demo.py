@@ -114,6 +114,7 @@ def test_the_commands_it_names_work_on_what_it_left(demo):
     assert again.returncode == 1 and "was approved already, by the manager" in again.stderr
 
 
+@pytest.mark.torture
 def test_a_second_demo_takes_new_orders_and_leaves_other_records_alone(tmp_path):
     calls = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -98,8 +99,13 @@ def layer_name(module: str) -> str:
     return next((folder for folder in FOLDERS if module.split(".")[0] == folder), module)
 
 
-def imports(file: Path) -> Iterator[str]:
+@functools.cache
+def imports(file: Path) -> tuple[str, ...]:
     """Full names of what a file imports anywhere, but not what only a type checker sees."""
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[str]:
     todo: list[ast.AST] = [ast.parse(file.read_text())]
     while todo:
         node = todo.pop()

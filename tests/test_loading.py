@@ -143,10 +143,9 @@ def test_an_import_that_starts_a_run_is_refused_by_looking_only(app, tmp_path):
     "target",
     [
         "app.py:letter",
-        "app",
         *(
             pytest.param(each, marks=pytest.mark.torture)
-            for each in ("app:letter", "app.py", "app:flows", "../work/app.py", "../work/app.py:flows")
+            for each in ("app", "app:letter", "app.py", "app:flows", "../work/app.py", "../work/app.py:flows")
         ),
     ],
 )

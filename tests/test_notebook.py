@@ -184,7 +184,13 @@ def test_a_kernel_killed_after_any_cell_costs_nothing(notebook: Notebook) -> Non
     assert [task.status for task in tasks.list(status=None)] == ["approved"]
 
 
-@pytest.mark.parametrize("number, question", [(ASK, GREETING), (CHAIN, STIFF), (RUN_EDITED, FRIENDLY)])
+@pytest.mark.parametrize(
+    "number, question",
+    [
+        (ASK, GREETING),
+        *(pytest.param(*each, marks=pytest.mark.torture) for each in ((CHAIN, STIFF), (RUN_EDITED, FRIENDLY))),
+    ],
+)
 def test_a_kernel_killed_during_a_call_asks_that_one_again_and_no_other(notebook: Notebook, number: int, question: str) -> None:
     notebook.run(*range(number))
     (notebook.folder / "hang").write_text(question)

@@ -148,6 +148,7 @@ def test_no_model_call_reaches_the_network_unless_the_test_says_so(project: Proj
         assert len(server.arrived) == 5
 
 
+@pytest.mark.torture
 def test_a_test_of_pytest_recording_is_left_to_it_where_that_is_installed(project: Project) -> None:
     project.write(
         "test_app.py",

@@ -102,6 +102,7 @@ def test_a_missing_recording_fails_with_the_command_that_records_it_and_sends_no
     assert "pytest tests/test_tour.py::test_tour --agentflow-record=once" in done.text
 
 
+@pytest.mark.torture
 def test_a_stale_prompt_fails_with_the_difference_to_the_nearest_recording(project: Project) -> None:
     record(project)
     project.write("prompts/about.md", PROMPT.replace("Be brief.", "Be funny."))
@@ -121,6 +122,7 @@ def test_code_that_swallows_the_error_does_not_make_a_test_pass(project: Project
     assert (done.code, done.failed) == (1, 1) and "No recording fits this request" in done.text, done
 
 
+@pytest.mark.torture
 def test_unused_recordings_are_reported_and_removed_when_it_is_recorded_again(project: Project) -> None:
     record(project)
     project.write("tests/test_tour.py", TEST.replace('["Rome", "Paris"]', '["Rome"]'))
@@ -137,6 +139,7 @@ def test_unused_recordings_are_reported_and_removed_when_it_is_recorded_again(pr
     assert "Who was Ur" not in (project.folder / FILE).read_text()
 
 
+@pytest.mark.torture
 def test_what_a_test_that_then_fails_has_paid_for_is_kept(project: Project) -> None:
     project.write("tests/test_tour.py", TEST.replace("towns, reply =", "1 / 0 if tour.run_sync(['Ur']) else 0\n        towns, reply ="))
     with Loopback() as server:
@@ -146,6 +149,7 @@ def test_what_a_test_that_then_fails_has_paid_for_is_kept(project: Project) -> N
     assert record(project) == 0
 
 
+@pytest.mark.torture
 def test_the_same_request_asked_more_often_than_recorded_is_told(project: Project) -> None:
     record(project)
     project.write("tests/test_tour.py", TEST.replace("towns, reply =", "tour.run_sync(['Rome', 'Paris'])\n        towns, reply ="))
@@ -158,6 +162,7 @@ def test_the_same_request_asked_more_often_than_recorded_is_told(project: Projec
 SECRET = "sk-proj-abcdefghij0123456789ABCDEFGHIJ"
 
 
+@pytest.mark.torture
 def test_secrets_are_masked_in_requests_and_replies_and_both_runs_see_the_same(project: Project) -> None:
     project.write(
         "tests/test_tour.py",
@@ -187,6 +192,7 @@ def test_secrets_are_masked_in_requests_and_replies_and_both_runs_see_the_same(p
         assert (done.code, done.passed) == (0, 1), done
 
 
+@pytest.mark.torture
 def test_names_of_tests_and_parameters_have_files_of_their_own_and_a_file_may_be_named(project: Project) -> None:
     project.write(
         "tests/test_tour.py",

@@ -77,6 +77,7 @@ TEST = """
 """
 
 
+@pytest.mark.torture
 def test_a_run_exported_by_the_command_line_is_played_by_a_test_of_another_project(tmp_path: Path) -> None:
     project = Project(tmp_path)
     app = project.write("app.py", APP)

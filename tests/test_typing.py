@@ -37,7 +37,7 @@ def test_mypy_sees_what_is_wrong(tmp_path: Path) -> None:
         "    b: int = await generate_content('x')\n"
         "    c: str = await flow.run(1)\n"
     )
-    command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.11", "--cache-dir", str(tmp_path), str(file)]
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.11", str(file)]
     done = checked(command)
     assert [line.split(":")[1] for line in done.stdout.splitlines() if "error" in line and str(file.name) in line] == [
         "6",
