@@ -586,6 +586,7 @@ def test_killed_after_the_id_is_recorded_the_same_call_is_finished(
     assert len(server.looked) == (5 if when in ("after the id", "polling", "after saving") else 6)
 
 
+@pytest.mark.torture
 def test_killed_many_times_on_the_way_it_is_still_one_call(server: Loopback, tmp_path: Path) -> None:
     server.polls = 9
     env = {**server.environment, **QUICK}

@@ -645,6 +645,7 @@ def test_error_that_came_with_a_batch_is_not_forgotten_by_a_kill(server: Loopbac
     assert len(server.batching.batches) == 1
 
 
+@pytest.mark.torture
 def test_batch_of_unknown_outcome_that_has_not_ended_is_waited_for_and_then_told_by_its_ids(
     server: Loopback, tmp_path: Path
 ) -> None:
@@ -659,6 +660,7 @@ def test_batch_of_unknown_outcome_that_has_not_ended_is_waited_for_and_then_told
     assert len(server.batching.batches) == 1
 
 
+@pytest.mark.torture
 def test_foreign_batch_of_the_same_size_is_not_taken_for_ones_own(server: Loopback, tmp_path: Path) -> None:
     model = MODELS[2]
     run_program(PROGRAM, tmp_path, "before request 1", model, env=server.environment, expect_kill=True)

@@ -1951,7 +1951,7 @@ def test_a_cancelled_sibling_lets_its_paid_call_finish_and_be_recorded(
 
 
 @pytest.mark.parametrize("form", ["gather", "group", "parallel", "in a step"])
-@pytest.mark.parametrize("delay", [0.001, 1.0])
+@pytest.mark.parametrize("delay", [0.001, pytest.param(1.0, marks=pytest.mark.torture)])
 def test_the_next_attempt_uses_the_answer_to_a_call_that_was_in_flight_when_its_sibling_failed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, delay: float
 ) -> None:

@@ -194,7 +194,7 @@ def test_fifty_killed_branches_keep_their_own_results_and_run_nothing_twice(mode
     live_and_die(tmp_path, mode, [("same", ""), ("same", "")])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(each, marks=pytest.mark.torture) if each == "limited" else each for each in MODES])
 def test_branches_keep_their_results_when_steps_are_inserted_in_front_and_branches_reordered(
     mode: str, tmp_path: Path
 ) -> None:

@@ -233,6 +233,7 @@ def test_a_prompt_edited_in_its_cell_asks_it_and_what_follows_from_it(notebook: 
 # -- the recording ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.torture
 def test_the_recording_that_it_exports_is_played_by_a_test_as_the_notebook_says(notebook: Notebook, tmp_path: Path) -> None:
     notebook.run_all()
     notebook.close()

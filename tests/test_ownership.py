@@ -273,7 +273,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("where", ["workflows", "outside", "both"])
+@pytest.mark.parametrize("where", [*(pytest.param(each, marks=pytest.mark.torture) for each in ("workflows", "outside")), "both"])
 def test_a_keyed_step_that_eight_processes_ask_for_at_once_runs_once(
     where: str, processes: Processes, tmp_path: Path
 ) -> None:

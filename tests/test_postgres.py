@@ -376,6 +376,7 @@ def test_a_record_that_two_add_at_once_is_of_the_first_and_the_other_is_told(jou
     assert results == {"first": [True, False]} and journal.get("k") == "second"
 
 
+@pytest.mark.torture
 def test_a_commit_that_the_server_ends_to_resolve_a_deadlock_is_repeated(postgres_server: Server, database: str) -> None:
     # Whose patience with a lock ends first looks for a deadlock, and is the one to go.
     postgres_server.ask("ALTER ROLE flow SET deadlock_timeout = '3s'")
@@ -801,6 +802,7 @@ def test_a_run_goes_on_after_the_server_has_crashed_in_its_middle(
     assert len(server.arrived) == 3 and runs.get("r").status == "completed"
 
 
+@pytest.mark.torture
 def test_a_paid_reply_outlives_a_server_that_is_away_for_good(
     postgres_server: Server, database: str, loopback: Callable[..., Loopback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

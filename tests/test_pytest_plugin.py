@@ -338,6 +338,7 @@ def test_what_a_killed_session_left_in_memory_is_removed_by_the_next_one(project
 
 
 @pytest.mark.parametrize("more", [(), ("-p", "tests.conftest")], ids=["users", "this suite"])
+@pytest.mark.torture
 def test_journals_of_finished_tests_are_closed(project: Project, more: tuple[str, ...]) -> None:
     project.write(
         "test_app.py",

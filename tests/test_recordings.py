@@ -116,6 +116,7 @@ def test_a_stale_prompt_fails_with_the_difference_to_the_nearest_recording(proje
     assert project.pytest().code == 0
 
 
+@pytest.mark.torture
 def test_code_that_swallows_the_error_does_not_make_a_test_pass(project: Project) -> None:
     project.write("tests/test_tour.py", TEST.replace("        towns, reply", "        try: tour.run_sync(['Ur'])\n        except Exception: return\n        towns, reply"))
     done = project.pytest()
@@ -245,6 +246,7 @@ def test_streamed_or_not_a_recording_is_the_same(project: Project) -> None:
         assert "stream" not in recorded["request"] and answer_to("Hi") in json.dumps(recorded["reply"])
 
 
+@pytest.mark.torture
 def test_error_replies_are_not_recorded(project: Project) -> None:
     project.write(
         "tests/test_tour.py",

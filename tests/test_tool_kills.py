@@ -136,7 +136,7 @@ def test_killed_between_two_posts_nothing_is_bought_again(where: str, form: str,
 
 
 @pytest.mark.parametrize(
-    ("turn", "model"), [(1, MODELS[0]), (2, MODELS[0]), (2, MODELS[1]), (2, MODELS[2]), (3, MODELS[2])]
+    ("turn", "model"), [(1, MODELS[0]), (2, MODELS[0]), *(pytest.param(*each, marks=pytest.mark.torture) for each in ((2, MODELS[1]), (2, MODELS[2]), (3, MODELS[2])))]
 )
 def test_killed_in_a_turn_that_turn_alone_is_bought_again(turn: int, model: str, tmp_path: Path) -> None:
     script: list[Any] = [None] * (turn - 1) + ["hang"]

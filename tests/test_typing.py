@@ -17,12 +17,14 @@ def checked(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.torture
 def test_mypy_strict_accepts_the_public_names() -> None:
     pytest.importorskip("mypy")
     done = checked([sys.executable, "-m", "mypy", "--strict", "--python-version", "3.11", str(API)])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.torture
 def test_mypy_sees_what_is_wrong(tmp_path: Path) -> None:
     """The check above would also pass if everything were ``Any``."""
     pytest.importorskip("mypy")
