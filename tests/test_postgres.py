@@ -638,7 +638,7 @@ def test_two_hundred_kills_lose_nothing_acknowledged_and_repeat_nothing_finished
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("file", ["once", "fanout", "human", "events", "children", "control", "ownership", "worker", "moves"])
+@pytest.mark.parametrize("file", ["once", "events", "children", "control", "ownership", "moves"])
 def test_what_holds_for_files_holds_here(file: str) -> None:
     """Whole files of tests, which know nothing of databases, with their journals in one."""
     env = {**os.environ, "AGENTFLOW_TESTS_IN": "postgres"}

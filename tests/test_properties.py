@@ -370,4 +370,4 @@ def test_random_programs_killed_edited_and_reordered_keep_to_the_rules() -> None
 
 @pytest.mark.torture
 def test_many_more_random_programs() -> None:
-    run_machine(examples=150, steps=25, derandomize=True)
+    run_machine(examples=80, steps=25, derandomize=True)
