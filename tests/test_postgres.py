@@ -840,7 +840,7 @@ def test_a_paid_reply_outlives_a_server_that_is_away_for_good(
 @pytest.mark.torture
 def test_a_process_stopped_inside_a_transaction_holds_up_the_others_for_ten_seconds_at_most(journal: Journal, database: str) -> None:
     code = """
-import os, signal, sys
+import os, signal, sys, time
 from agentflow.journal import Add, Journal
 journal = Journal.open(sys.argv[1])
 def stopped(txn):
@@ -848,19 +848,25 @@ def stopped(txn):
     if not os.path.exists(sys.argv[2]):
         open(sys.argv[2], "w").close()
         os.kill(os.getpid(), signal.SIGSTOP)
+        while not os.path.exists(sys.argv[3]):  # kill() returns before all threads have stopped
+            time.sleep(0.01)
 journal.guarded(stopped)
 print(journal.commit([Add("late", "1")]), flush=True)
 """
     flag = Path(os.environ.get("TMPDIR", "/tmp")) / f"stopped-{os.getpid()}-{random.random()}"
-    child = subprocess.Popen([sys.executable, "-c", code, database, str(flag)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    go = Path(f"{flag}-go")
+    command = [sys.executable, "-c", code, database, str(flag), str(go)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     until(flag.exists, "it has stopped")
     began = time.monotonic()
     assert journal.guarded(lambda txn: txn.get("half")) is None
     assert 5 < time.monotonic() - began < 25
+    go.touch()
     os.kill(child.pid, signal.SIGCONT)
     assert child.communicate(timeout=60)[0] == "[True]\n", "it repeats what the server has ended"
     assert journal.get("half") == "1"
     flag.unlink()
+    go.unlink()
 
 
 # -- looking after it -------------------------------------------------------------------------------
